@@ -1,0 +1,74 @@
+"""Build the site into _docs/: with Quarto where it is present, otherwise with smalldocs, which needs no installation of its own.
+
+nbdev's own command would also write README.md, by Quarto, and so differently on each machine; here the parts are called that concern the site.
+"""
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def process(builder):
+    """Notebooks as they appear on the site, in _proc/: documentation of what is exported, hidden cells gone. Always from scratch.
+
+    A page can name the repository as `{{< var git_url >}}`, or any other key of settings.ini, so that its owner stands there alone.
+    """
+    from nbdev.config import get_config
+    from nbdev.doclinks import _build_modidx
+    from nbdev.quarto import refresh_quarto_yml
+    from nbdev.serve import proc_nbs
+
+    refresh_quarto_yml()
+    _build_modidx()
+    proc, cfg = proc_nbs(force=True), get_config()
+    for page in proc.rglob("*.ipynb"):
+        text = page.read_text(encoding="utf-8")
+        text = re.sub(r"\{\{<\s*var\s+(\w+)\s*>\}\}", lambda m: str(cfg[m[1]]), text)
+        page.write_text(text if builder == "quarto" else without_output_file(text), encoding="utf-8")
+    return proc
+
+
+def without_output_file(text):
+    "nbdev names a page without the number of its notebook, which smalldocs does not know how to do and complains about."
+    nb = json.loads(text)
+    for cell in nb["cells"]:
+        if cell["cell_type"] == "raw":
+            lines = "".join(cell["source"]).splitlines(keepends=True)
+            cell["source"] = [line for line in lines if not line.startswith("output-file:")]
+    return json.dumps(nb)
+
+
+def commands(builder):
+    "What to run in _proc/."
+    if builder == "quarto":
+        return [["quarto", "render", "--no-cache"]]
+    smalldocs = [sys.executable, "-c", "from smalldocs.cli import main; raise SystemExit(main())"]
+    return [[*smalldocs, "check", "."], [*smalldocs, "render", "."]]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--builder", choices=["quarto", "smalldocs"], default="quarto" if shutil.which("quarto") else "smalldocs")
+    builder = parser.parse_args().builder
+    if builder == "smalldocs" and sys.version_info < (3, 11):
+        raise SystemExit("The site needs Quarto 1.9 or later on the PATH, or Python 3.11 or later for smalldocs.")
+
+    os.chdir(ROOT)
+    proc = process(builder)
+    for command in commands(builder):
+        code = subprocess.run(command, cwd=proc).returncode
+        if code:
+            raise SystemExit(f"{builder} could not build the site (exit code {code}); its messages stand above.")
+    shutil.rmtree(ROOT / "_docs", ignore_errors=True)
+    shutil.move(proc / "_docs", ROOT / "_docs")
+    print(f"The site, built with {builder}: {os.path.relpath(ROOT / '_docs' / 'index.html')}")
+
+
+if __name__ == "__main__":
+    main()

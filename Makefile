@@ -1,0 +1,57 @@
+# Every target sets up what it needs: a virtual environment in .venv, and the package in it with the extras concerned.
+#   make PYTHON=python3.12 ...   the interpreter that a new environment is made with
+#   make ... ARGS="..."          passed on to what the target runs
+PYTHON ?= python3
+VENV ?= .venv
+ARGS ?=
+
+bin := $(VENV)/bin
+py := $(bin)/python
+sources := settings.ini setup.py pyproject.toml
+
+.DEFAULT_GOAL := help
+.PHONY: help compare test test-gpu docs readme export check clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+
+compare: $(VENV)/.experiments ## train a small model with each optimizer: table, CSV, figure (ARGS for `sgd-sai compare`)
+	$(bin)/sgd-sai compare $(ARGS)
+
+test: $(VENV)/.dev ## run every notebook and every test (ARGS for pytest)
+	$(py) -m pytest tests $(ARGS)
+
+test-gpu: $(VENV)/.dev ## run the notebooks and tests that have something for a CUDA device, there
+	$(py) -m pytest tests --gpu $(ARGS)
+
+docs: $(VENV)/.dev ## build the site into _docs/, by Quarto where present, otherwise by smalldocs
+	$(py) .ci/docs.py $(ARGS)
+
+readme: $(VENV)/.dev ## write README.md from nbs/index.ipynb
+	$(py) .ci/readme.py
+
+export: $(VENV)/.dev ## write sgd_sai/ and README.md from the notebooks, and clean the notebooks
+	$(bin)/nbdev_export
+	$(bin)/nbdev_clean
+	$(py) .ci/readme.py
+
+check: $(VENV)/.dev ## fail if `make export` would change anything
+	$(py) .ci/check.py
+
+clean: ## remove what was built; .venv, data/ and runs/ stay
+	rm -rf _proc _docs build dist *.egg-info .pytest_cache .hypothesis nbs/nbdev.yml
+	find nbs sgd_sai tests .ci \( -name __pycache__ -o -name .ipynb_checkpoints \) -prune -exec rm -rf {} +
+
+$(py):
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.experiments: $(sources) | $(py)
+	@echo "Installing the package with its experiments into $(VENV); the first time this takes minutes (torch is large)."
+	$(py) -m pip install --quiet --editable '.[experiments]'
+	@touch $@
+
+# dev contains experiments, so this serves for both
+$(VENV)/.dev: $(sources) | $(py)
+	@echo "Installing the package with all extras into $(VENV); the first time this takes minutes (torch is large)."
+	$(py) -m pip install --quiet --editable '.[dev]'
+	@touch $@ $(VENV)/.experiments
