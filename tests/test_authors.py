@@ -243,6 +243,10 @@ FLAGS = {"forloop": dict(foreach=False, fused=False), "foreach": dict(foreach=Tr
 
 
 def cases(*dtypes):
+    return list(every_case(*dtypes))
+
+
+def every_case(*dtypes):
     for dtype in dtypes:
         for variant, kw in VARIANTS.items():
             for name, flags in FLAGS.items():

@@ -83,7 +83,7 @@ def fetch_file(
     if found != sha256: raise FileNotFoundError(f'{path} is not the expected file (SHA-256 {found[:12]}..., expected {sha256[:12]}...).\nRemove it, or get it from {url}')
     return path
 
-# %% ../../nbs/experiments/00_tasks.ipynb #d3d731b4
+# %% ../../nbs/experiments/00_tasks.ipynb #1f04e07b
 def load_digits(folder=None) -> Data:
     "Scikit-learn's digits, 1,438 images to train and 359 to validate, 1x8x8 in [-1, 1]."
     from sklearn.datasets import load_digits
@@ -93,10 +93,10 @@ def load_digits(folder=None) -> Data:
     return Data(TensorDataset(images[~held_out], labels[~held_out]), TensorDataset(images[held_out], labels[held_out]), {}, digest(images, labels))
 
 def build_digits_vit(sizes:dict) -> nn.Module:
-    "A vision transformer with 2x2 patches: 4 layers, width 64, about 0.14 M parameters."
+    "A vision transformer with 2x2 patches: 3 layers, width 48, about 60 thousand parameters."
     from transformers import ViTConfig, ViTForImageClassification
-    return ViTForImageClassification(ViTConfig(image_size=8, patch_size=2, num_channels=1, hidden_size=64, num_hidden_layers=4,
-                                               num_attention_heads=4, intermediate_size=128, num_labels=10))
+    return ViTForImageClassification(ViTConfig(image_size=8, patch_size=2, num_channels=1, hidden_size=48, num_hidden_layers=3,
+                                               num_attention_heads=4, intermediate_size=96, num_labels=10))
 
 def classify(model:nn.Module, batch) -> tuple[Tensor, Tensor]:
     "Cross-entropy of a classifier, and how many of the batch it gets right."
@@ -169,20 +169,20 @@ def build_shakespeare_gpt(sizes:dict) -> nn.Module:
     "GPT-2 with 4 layers, 4 heads, width 128: nanoGPT's size for a CPU."
     return build_gpt2(sizes, layers=4, heads=4, width=128)
 
-# %% ../../nbs/experiments/00_tasks.ipynb #3b64bea0
+# %% ../../nbs/experiments/00_tasks.ipynb #171b1556
 def _settings(sgd_sai:dict, sgdm:dict, adamw:dict) -> dict:
     "Hyperparameters by optimizer; the control shares those of SGD-SaI."
     return {'sgd_sai': sgd_sai, 'sgd_sai_sqrtn': sgd_sai, 'sgdm': sgdm, 'adamw': adamw}
 
 TASKS = {task.name: task for task in [
     Task('digits-vit', 'a small vision transformer on handwritten digits', 'scikit-learn (installed)', 'CC BY 4.0', 0.1,
-         load_digits, build_digits_vit, classify, 'accuracy', steps=300, batch_size=128, warmup=30, eval_every=25, clip=1.0,
+         load_digits, build_digits_vit, classify, 'accuracy', steps=400, batch_size=64, warmup=40, eval_every=25, clip=1.0,
          settings=_settings(dict(lr=0.03, weight_decay=0.01), dict(lr=0.3, weight_decay=0.0001), dict(lr=0.003, weight_decay=0.1))),
     Task('pydoc-gpt', "a small GPT-2 on Python's own documentation, byte by byte", 'Python (installed)', 'PSF', 1.0,
          load_pydoc, build_pydoc_gpt, predict_next, 'val_loss', steps=600, batch_size=16, warmup=60, eval_every=50, clip=1.0, replacement=True,
          settings=_settings(dict(lr=0.03, weight_decay=0.01), dict(lr=0.3, weight_decay=0.0001), dict(lr=0.003, weight_decay=0.1))),
     Task('shakespeare-gpt', "nanoGPT's smallest recipe: GPT-2 on Shakespeare, character by character", 'download, 1.1 MB', 'public domain', 3.0,
-         load_shakespeare, build_shakespeare_gpt, predict_next, 'val_loss', steps=2000, batch_size=12, warmup=100, eval_every=100, clip=1.0, replacement=True,
+         load_shakespeare, build_shakespeare_gpt, predict_next, 'val_loss', steps=2000, batch_size=12, warmup=100, eval_every=250, clip=1.0, replacement=True,
          settings=_settings(dict(lr=0.03, weight_decay=0.01), dict(lr=0.3, weight_decay=0.0001), dict(lr=0.001, weight_decay=0.1, betas=(0.9, 0.99)))),
 ]}
 

@@ -1,0 +1,249 @@
+"""SGDSaI against the equations, on generated runs: any shapes, dtypes and memory layouts; parameters that come, go and start with zero gradients;
+changing rates and implementations; optimizers that are saved, pickled and loaded in the middle.
+
+Before each step the model of the run takes over the optimizer's own parameters and momentum, so that one step is compared at a time, to a rounding
+or two; the scales it keeps to itself from the first usable gradient on, so that a lost or re-measured scale shows.
+"""
+import copy
+import io
+import math
+import pickle
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from sgd_sai.gsnr import gsnr
+from sgd_sai.optimizer import SGDSaI, sgd_sai_reference
+
+WIDE = {torch.float32: torch.float64, torch.float64: torch.float64, torch.bfloat16: torch.float64, torch.complex64: torch.complex128}
+ROUNDING = {torch.float32: 2.0**-24, torch.float64: 2.0**-53, torch.bfloat16: 2.0**-8, torch.complex64: 2.0**-24}
+IMPLEMENTATIONS = {"forloop": (False, False), "foreach": (True, False), "fused": (False, True), "default": (None, None)}
+
+shapes = st.lists(st.sampled_from([0, 1, 2, 3, 5, 8]), min_size=0, max_size=4).map(tuple)
+layouts = st.sampled_from(["contiguous", "transposed", "channels_last", "gaps"])
+gradients = st.sampled_from(["noise", "noise", "noise", "tiny", "huge", "constant", "zero", "none"])
+travels = st.sampled_from(["stay"] * 4 + ["pickle", "deepcopy", "state_dict", "file"])
+
+
+def laid_out(value, layout):
+    "The same values in another memory layout."
+    if layout == "transposed" and value.ndim > 1:
+        return value.transpose(0, -1).contiguous().transpose(0, -1)
+    if layout == "channels_last" and value.ndim == 4:
+        return value.contiguous(memory_format=torch.channels_last)
+    return torch.stack([value, torch.full_like(value, 7)], -1)[..., 0] if layout == "gaps" else value.clone()
+
+
+def gradient(p, kind, generator):
+    if kind == "none":
+        return None
+    noise = torch.randn(p.shape, dtype=WIDE[p.dtype], generator=generator)
+    size = {"noise": 1, "tiny": 1e-9, "huge": 1e4}.get(kind, 0)
+    return (torch.full_like(noise, 0.25) if kind == "constant" else noise * size).to(p.dtype)
+
+
+@st.composite
+def runs(draw):
+    "A plan: parameters, their groups, and what happens at each step."
+    dtypes = st.sampled_from(list(WIDE))
+    params = draw(st.lists(st.tuples(shapes, dtypes, layouts), min_size=1, max_size=4))
+    n = draw(st.integers(1, len(params)))
+    group = st.fixed_dictionaries(dict(
+        lr=st.sampled_from([1e-3, 0.02]), momentum=st.sampled_from([0.0, 0.5, 0.9]), weight_decay=st.sampled_from([0.0, 0.3]), nesterov=st.booleans(),
+        maximize=st.booleans(), normalize=st.booleans(), scale=st.sampled_from(["gsnr", "gsnr", "sqrt_numel"]), max_ratio=st.sampled_from([10.0, None, 1.5]),
+        capturable=st.booleans()))
+    groups = [draw(group) for _ in range(n)]
+    for g in groups:
+        g["nesterov"] = g["nesterov"] and g["momentum"] > 0
+    step = st.fixed_dictionaries(dict(
+        grads=st.lists(gradients, min_size=len(params), max_size=len(params)), grad_layouts=st.lists(layouts, min_size=len(params), max_size=len(params)),
+        implementation=st.sampled_from(list(IMPLEMENTATIONS)), factor=st.sampled_from([1.0, 1.0, 0.5, 2.0, 0.0]), travel=travels))
+    return SimpleNamespace(params=params, group_of=[draw(st.integers(0, n - 1)) for _ in params], groups=groups,
+                           joins=draw(st.integers(0, n - 1)), steps=draw(st.lists(step, min_size=3, max_size=7)), seed=draw(st.integers(0, 2**31)))
+
+
+def travelled(opt, params, how, groups):
+    "The same optimizer and parameters after a journey."
+    if how == "pickle":
+        return pickle.loads(pickle.dumps((opt, params)))
+    if how == "deepcopy":
+        return copy.deepcopy((opt, params))
+    if how in ("state_dict", "file"):
+        saved = opt.state_dict()
+        if how == "file":
+            file = io.BytesIO()
+            torch.save(saved, file)
+            file.seek(0)
+            saved = torch.load(file, weights_only=True)
+        position = {p: i for i, p in enumerate(params)}
+        params = [nn.Parameter(p.detach().clone(memory_format=torch.preserve_format)) for p in params]
+        new = SGDSaI([{"params": [params[position[p]] for p in group["params"]]} for group in opt.param_groups])
+        new.load_state_dict(saved)
+        return new, params
+    return opt, params
+
+
+def scale_of(g, group):
+    "The scale as the documentation of SGDSaI defines it, in double precision; None for a gradient that says nothing."
+    if g.numel() and not g.any():
+        return None
+    root = math.sqrt(max(g.numel(), 1))
+    if group["scale"] == "sqrt_numel":
+        return root
+    G = 1.0 if g.numel() == 0 else gsnr(g.to(WIDE[g.dtype]), group["eps"]).item()
+    return G if group["max_ratio"] is None else min(G, group["max_ratio"] * root)
+
+
+def wide(t):
+    return t.detach().to(WIDE[t.dtype])
+
+
+def allowed(dtype, *terms, roundings=4):
+    "Error that some roundings of numbers as large as the terms can make."
+    largest = sum(t.abs() for t in terms)
+    return roundings * ROUNDING[dtype] * largest + 1e-37
+
+
+def one_step(opt, params, scales, grads):
+    "One step of `opt`, compared with the reference; `scales` is by position, and grows."
+    group_of = {p: group for group in opt.param_groups for p in group["params"]}
+    before = [wide(p) for p in params]
+    moments = [opt.state[p]["momentum_buffer"].clone() if "momentum_buffer" in opt.state.get(p, ()) else None for p in params]
+    for p, g in zip(params, grads):
+        p.grad = g
+    opt.step()
+
+    for i, (p, g) in enumerate(zip(params, grads)):
+        if p in group_of and g is not None and i not in scales and (G := scale_of(g, group_of[p])) is not None:
+            scales[i] = G
+    largest = max(scales.values(), default=1.0)
+    for i, (p, g) in enumerate(zip(params, grads)):
+        group = group_of.get(p)
+        assert ("gsnr" in opt.state.get(p, ())) == (i in scales)
+        if i in scales:
+            assert float(opt.state[p]["gsnr"]) == pytest.approx(scales[i], rel=3e-3 if "tiny" in str(g) else 1e-5), (i, p.shape, p.dtype)
+        if group is None or g is None:
+            assert torch.equal(wide(p), before[i])
+            continue
+        keep = {key: group[key] for key in ("lr", "momentum", "weight_decay", "eps", "nesterov", "maximize")}
+        state = {}
+        if i in scales:
+            G = float(opt.state[p]["gsnr"]) / (largest if group["normalize"] else 1.0)
+            state = {"gsnr": G, "momentum_buffer": wide(g if moments[i] is None else moments[i])}
+        expected = sgd_sai_reference(before[i], wide(g) if i in scales else torch.zeros_like(before[i]), state, **keep)
+        m = state.get("momentum_buffer", torch.zeros_like(expected))
+        step = group["lr"] * state.get("gsnr", 0.0)
+        bound = allowed(p.dtype, before[i], step * wide(g), step * m, step * (wide(g) if moments[i] is None else wide(moments[i])), roundings=6)
+        if group["normalize"] or group["capturable"]:
+            bound = bound + 1e-6 * (step * m).abs()
+        assert ((wide(p) - expected).abs() <= bound).all(), (i, p.dtype, (wide(p) - expected).abs().max(), bound.min())
+        if i in scales and group["momentum"]:
+            mine, old = opt.state[p]["momentum_buffer"], wide(g) if moments[i] is None else wide(moments[i])
+            assert mine.dtype == p.dtype and mine.shape == p.shape
+            assert ((wide(mine) - m).abs() <= allowed(p.dtype, wide(g), old)).all()
+        else:
+            assert "momentum_buffer" not in opt.state.get(p, ())
+
+
+COUNT = {"examples": 0, "steps": 0, "moved": 0}
+
+
+@settings(max_examples=250, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@given(run=runs())
+def check_runs(run):
+    generator = torch.Generator().manual_seed(run.seed)
+    params = [nn.Parameter(laid_out(torch.randn(shape, dtype=WIDE[dtype], generator=generator).to(dtype), layout)) for shape, dtype, layout in run.params]
+    members = [[p for p, k in zip(params, run.group_of) if k == i] for i in range(len(run.groups))]
+    late = run.joins if run.joins and members[run.joins] else None  # this group joins at the third step
+    opt = SGDSaI([{"params": ps, **group} for i, (ps, group) in enumerate(zip(members, run.groups)) if i != late and ps] or [{"params": []}])
+    scales = {}
+    for t, step in enumerate(run.steps):
+        if t == 2 and late is not None:
+            opt.add_param_group({"params": [p for p, k in zip(params, run.group_of) if k == late], **run.groups[late]})
+        before = [{k: copy.deepcopy(v) for k, v in opt.state.get(p, {}).items()} for p in params]
+        opt, params = travelled(opt, params, step["travel"], run.groups)
+        for p, old in zip(params, before):
+            new = opt.state.get(p, {})
+            assert new.keys() == old.keys()
+            for key in old:  # to the last bit, and of the same type
+                assert type(new[key]) is type(old[key])
+                assert torch.equal(new[key], old[key]) and new[key].dtype == old[key].dtype if isinstance(old[key], torch.Tensor) else new[key] == old[key]
+        for group in opt.param_groups:
+            group["lr"] *= step["factor"] or 1.0
+            foreach, fused = IMPLEMENTATIONS[step["implementation"]]
+            if fused and (group["capturable"] or any(p.is_complex() for p in group["params"])):
+                foreach, fused = None, None
+            group["foreach"], group["fused"] = foreach, fused
+        kept = [group["lr"] for group in opt.param_groups]
+        if step["factor"] == 0:  # a rate of zero changes nothing, but measures
+            for group in opt.param_groups:
+                group["lr"] = 0.0
+        start = [p.detach().clone() for p in params]
+        grads = [gradient(p, kind, generator) for p, kind in zip(params, step["grads"])]
+        grads = [None if g is None else laid_out(g, layout) for g, layout in zip(grads, step["grad_layouts"])]
+        one_step(opt, params, scales, grads)
+        COUNT["steps"] += 1
+        COUNT["moved"] += any(not torch.equal(p, q) for p, q in zip(params, start))
+        for group, lr in zip(opt.param_groups, kept):
+            group["lr"] = lr
+    COUNT["examples"] += 1
+
+
+def test_generated_runs_follow_the_equations():
+    torch.set_num_threads(1)
+    check_runs()
+    assert COUNT["examples"] >= 200 and COUNT["moved"] >= 0.5 * COUNT["steps"] > 300  # the runs were not all empty tensors and zeros
+
+
+CHANGES = ["nothing", "capturable", "dtype", "implementation", "state_dtype"]
+
+
+@settings(max_examples=100, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@given(
+    params=st.lists(st.tuples(shapes, st.sampled_from([torch.float32, torch.bfloat16, torch.float64])), min_size=1, max_size=3),
+    capturable=st.booleans(), state_dtype=st.sampled_from([None, torch.float32]), change=st.sampled_from(CHANGES), seed=st.integers(0, 2**31),
+    momentum=st.sampled_from([0.0, 0.9]), to=st.sampled_from([torch.float32, torch.bfloat16, torch.float64]),
+)
+def test_state_dict_between_optimizers_that_differ(params, capturable, state_dtype, change, seed, momentum, to):
+    generator = torch.Generator().manual_seed(seed)
+    old = [nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape, dtype in params]
+    opt = SGDSaI(old, capturable=capturable, state_dtype=state_dtype, momentum=momentum)
+    for _ in range(3):
+        for p in old:
+            p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+        opt.step()
+    saved = copy.deepcopy(opt.state_dict())
+    untouched = copy.deepcopy(saved)
+    new = [nn.Parameter(p.detach().to(to) if change == "dtype" else p.detach().clone()) for p in old]
+    for group in saved["param_groups"]:
+        if change == "capturable":
+            group["capturable"] = not capturable
+        if change == "implementation":
+            group["foreach"], group["fused"] = False, False
+        if change == "state_dtype":
+            group["state_dtype"] = torch.float32
+    other = SGDSaI(new)
+    other.load_state_dict(saved)
+    for state, kept in zip(saved["state"].values(), untouched["state"].values()):  # loading leaves the file's tensors alone
+        assert all(torch.equal(state[k], kept[k]) if isinstance(kept[k], torch.Tensor) else state[k] == kept[k] for k in kept)
+    group = other.param_groups[0]
+    for p, q in zip(old, new):
+        G, H = opt.state[p]["gsnr"], other.state[q]["gsnr"]
+        assert isinstance(H, torch.Tensor) == group["capturable"] and float(G) == pytest.approx(float(H), rel=0 if not group["capturable"] else 1e-7)
+        if momentum:
+            m = opt.state[p]["momentum_buffer"]
+            dtype = group["state_dtype"] or q.dtype
+            assert other.state[q]["momentum_buffer"].dtype == dtype and torch.equal(other.state[q]["momentum_buffer"], m.to(dtype))
+    grads = [torch.randn(p.shape, generator=generator).to(p.dtype) for p in old]
+    for p, q, g in zip(old, new, grads):
+        p.grad, q.grad = g.clone(), g.to(q.dtype)
+    opt.step(), other.step()
+    for p, q in zip(old, new):
+        if change == "nothing":
+            assert torch.equal(p, q)
+        coarse = max(torch.finfo(p.dtype).eps, torch.finfo(q.dtype).eps)
+        torch.testing.assert_close(q.double(), p.double(), rtol=4 * coarse, atol=4 * coarse)
