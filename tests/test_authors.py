@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import SGD
 from torch.optim.sgd import sgd
 
+import sgd_sai.optimizer
 from sgd_sai.gsnr import gsnr
 from sgd_sai.optimizer import PIECE, SGD_sai, SGDSaI
 from sgd_sai.peers import authors_sgd_sai
@@ -26,6 +27,12 @@ OURS = {
     "SGD_sai": SGD_sai,
 }
 each_of_ours = pytest.mark.parametrize("ours", OURS.values(), ids=OURS)
+
+
+@pytest.fixture(autouse=True)
+def fused_kernel_for_small_tensors_too(monkeypatch):
+    "Leave the shortcut for small tensors to very small ones, so that the fused kernel sees the models of these tests."
+    monkeypatch.setattr(sgd_sai.optimizer, "SMALL", 4)
 
 
 class ConvNet(nn.Sequential):
@@ -170,6 +177,16 @@ def test_twenty_steps_equal_torch_sgd_with_scaled_rates(oracle_paths, task, ours
     mine = train(model, ours(model.parameters(), **SETTINGS).step, batches)
     for path in oracle_paths.values():
         assert_same_path(mine, path)
+
+
+def test_shortcut_for_small_tensors_makes_the_same_step(task, monkeypatch):
+    model_class, batches = task
+    paths = []
+    for small in (0, 1 << 30):
+        monkeypatch.setattr(sgd_sai.optimizer, "SMALL", small)
+        model = same_start(model_class)
+        paths.append(train(model, OURS["fused"](model.parameters(), **SETTINGS).step, batches))
+    assert_same_path(*paths)
 
 
 @each_of_ours

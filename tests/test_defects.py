@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
 
+import sgd_sai.optimizer
 from sgd_sai.gsnr import gsnr
 from sgd_sai.optimizer import SGD_sai, SGDSaI
 from sgd_sai.peers import authors_sgd_sai
@@ -29,6 +30,12 @@ def Authors():
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def fused_kernel_for_small_tensors_too(monkeypatch):
+    "Leave the shortcut for small tensors to very small ones, so that the fused kernel sees the models of these tests."
+    monkeypatch.setattr(sgd_sai.optimizer, "SMALL", 4)
 
 
 def param(*shape, dtype=torch.float32):

@@ -129,6 +129,12 @@ def seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def fused_kernel_for_small_tensors_too(monkeypatch):
+    "Leave the shortcut for small tensors to very small ones, so that the fused kernel sees the models of these tests."
+    monkeypatch.setattr(sgd_sai.optimizer, "SMALL", 4)
+
+
 def plain_inputs(device):
     return optim_inputs(device) + capturable_inputs(device)
 
@@ -769,6 +775,40 @@ def test_save_load_equality_with_weights_only(device, is_named_optim):
                 torch.save(saved, file)
                 file.seek(0)
                 CHECK.assertEqual(torch.load(file, weights_only=weights_only), saved, rtol=0, atol=0)
+
+
+@each_device
+def test_state_dict_keeps_the_kind_of_scale(device):
+    def twice(grad):
+        return 2.0
+
+    def build(scale):
+        p = Parameter(torch.ones(3, 2, device=device))
+        p.grad = torch.randn_like(p)
+        return SGDSaI([p], scale=scale)
+
+    for mine, theirs, result in ((twice, "gsnr", "gsnr"), (twice, twice, twice), ("gsnr", twice, "gsnr"), ("sqrt_numel", "gsnr", "sqrt_numel")):
+        opt, other = build(mine), build(theirs)
+        opt.step()
+        with tempfile.TemporaryFile() as file:
+            torch.save(opt.state_dict(), file)
+            file.seek(0)
+            other.load_state_dict(torch.load(file, weights_only=True))
+        assert other.param_groups[0]["scale"] is result or other.param_groups[0]["scale"] == result
+        assert opt.param_groups[0]["scale"] is mine and opt.scales() == other.scales()
+
+
+@each_device
+@pytest.mark.parametrize("capturable", [False, True])
+def test_state_dict_keeps_scales_that_were_set_by_hand(device, capturable):
+    opts = [SGDSaI([("p", Parameter(torch.ones(4, device=device)))], capturable=capturable) for _ in range(2)]
+    opts[0].set_scales({"p": 50.0})  # above max_ratio, which is about measured scales
+    p = opts[0].param_groups[0]["params"][0]
+    p.grad = torch.randn_like(p)
+    opts[0].step()
+    opts[1].load_state_dict(opts[0].state_dict())
+    q = opts[1].param_groups[0]["params"][0]
+    assert opts[1].scales() == {"p": 50.0} and torch.equal(opts[1].state[q]["momentum_buffer"], opts[0].state[p]["momentum_buffer"])
 
 
 @each_device

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DEFAULT_OPTIMIZERS', 'METRIC_NAMES', 'plan', 'train_missing', 'bars', 'summary_frame', 'summary_table', 'compare']
 
-# %% ../../nbs/experiments/04_compare.ipynb #795b6569
+# %% ../../nbs/experiments/04_compare.ipynb #3055d438
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -15,11 +15,11 @@ from torch import nn
 
 from .plots import plot_comparison
 from .runs import RunSpec, check_writable, load_run, save_run
-from .tasks import Data, Task
+from .tasks import Data, Task, UsageError
 from .train import build_optimizer, make_spec, train
 from ..style import optimizer_style
 
-# %% ../../nbs/experiments/04_compare.ipynb #d3cb58a1
+# %% ../../nbs/experiments/04_compare.ipynb #fbef49d6
 DEFAULT_OPTIMIZERS = ('sgd_sai', 'sgd_sai_sqrtn', 'sgdm', 'adamw')
 
 def plan(
@@ -30,12 +30,15 @@ def plan(
     precision:str='no', # 'no', 'bf16' or 'fp16'
     changes:dict|None=None, # optimizer -> hyperparameters that replace the task's
 ) -> list[RunSpec]: # in the order in which they are to be trained
-    "The runs of a comparison, seeds outermost, so that an interrupted one has something of everything. Raises `KeyError` or `ValueError` for what is wrong."
+    "The runs of a comparison, seeds outermost, so that an interrupted one has something of everything. Raises `UsageError` for what is wrong."
     changes = changes or {}
     for name in changes:
-        if name not in optimizers: raise KeyError(f"settings for {name!r}, which is not among the optimizers: {', '.join(optimizers)}")
+        if name not in optimizers: raise UsageError(f"settings for {name!r}, which is not among the optimizers: {', '.join(optimizers)}")
     specs = [make_spec(task, data, name, seed, steps, precision, **changes.get(name, {})) for seed in range(seeds) for name in dict.fromkeys(optimizers)]
-    for spec in specs: build_optimizer(spec.optimizer, nn.Linear(4, 4), spec.hyperparameters)
+    for spec in specs:
+        try: build_optimizer(spec.optimizer, nn.Linear(4, 4), spec.hyperparameters)
+        except UsageError: raise
+        except (ValueError, TypeError, RuntimeError) as e: raise UsageError(f'{spec.optimizer}: {e}') from None
     return specs
 
 # %% ../../nbs/experiments/04_compare.ipynb #22ef0beb

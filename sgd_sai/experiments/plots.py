@@ -13,7 +13,7 @@ from ..style import figure_style, optimizer_style
 
 METRIC_LABELS = {'val_loss': 'validation loss (nats)', 'train_loss': 'training loss (nats)', 'accuracy': 'validation accuracy'}
 
-# %% ../../nbs/experiments/03_plots.ipynb #aff25ed1
+# %% ../../nbs/experiments/03_plots.ipynb #83f63fbb
 def _curve(ax, frame, x:str, y:str, label:str, color:str, line):
     "Mean over seeds of `y`, with the range over seeds as a band, against the mean of `x`."
     points = frame.dropna(subset=[y]).groupby('step').agg(x=(x, 'mean'), mid=(y, 'mean'), low=(y, 'min'), high=(y, 'max'))
@@ -24,7 +24,8 @@ def _limits(frame, y:str) -> tuple[float, float]:
     "Limits that show the curves and not the spike of a run that went wrong."
     values = frame[y].dropna()
     low, high = values.min(), values[frame.step > 0].quantile(0.97)
-    return low - 0.04 * (high - low), high + 0.04 * (high - low)
+    margin = 0.04 * (high - low) or 0.1
+    return low - margin, high + margin
 
 # %% ../../nbs/experiments/03_plots.ipynb #e50bad54
 def plot_comparison(

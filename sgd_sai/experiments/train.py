@@ -6,8 +6,8 @@
 __all__ = ['OPTIMIZERS', 'optimizer_class', 'build_optimizer', 'state_bytes', 'schedule', 'batches', 'evaluate', 'train',
            'make_spec']
 
-# %% ../../nbs/experiments/02_train.ipynb #7a483b0c
-import difflib, inspect, math, statistics, time
+# %% ../../nbs/experiments/02_train.ipynb #ebb693e9
+import inspect, math, statistics, time
 from typing import Callable, Iterator
 
 import torch
@@ -15,11 +15,11 @@ from torch import nn
 from torch.utils.data import DataLoader, RandomSampler
 
 from .runs import RunSpec, environment
-from .tasks import Data, Task
+from .tasks import Data, Task, UsageError, unknown
 from ..optimizer import SGDSaI
 from ..peers import po_optimizer
 
-# %% ../../nbs/experiments/02_train.ipynb #a1b674e1
+# %% ../../nbs/experiments/02_train.ipynb #c3eb4042
 OPTIMIZERS = { # name -> class, hyperparameters that make it what the name says
     'sgd_sai':       (SGDSaI, {}),
     'sgd_sai_sqrtn': (SGDSaI, {'scale': 'sqrt_numel'}),
@@ -30,27 +30,25 @@ OPTIMIZERS = { # name -> class, hyperparameters that make it what the name says
 def optimizer_class(
     name:str, # as in `OPTIMIZERS`, or 'po:Name'
 ) -> tuple[type, dict]: # the class, and the hyperparameters that belong to the name
-    "An optimizer by name. Raises `KeyError` for an unknown one, with the known names and the nearest."
+    "An optimizer by name. Raises `UsageError` for an unknown one."
     if name in OPTIMIZERS: return OPTIMIZERS[name]
-    if name.startswith('po:'): return po_optimizer(name[3:]), {}
-    near = difflib.get_close_matches(name, OPTIMIZERS, n=1)
-    raise KeyError(f"unknown optimizer {name!r}" + (f', did you mean {near[0]}?' if near else '') +
-                   f" Known: {', '.join(OPTIMIZERS)}, and po:NAME for any optimizer of pytorch_optimizer")
+    if not name.startswith('po:'): raise unknown('optimizer', name, OPTIMIZERS, ', and po:NAME for any optimizer of pytorch_optimizer')
+    try: return po_optimizer(name[3:]), {}
+    except KeyError as e: raise UsageError(e.args[0]) from None
 
-# %% ../../nbs/experiments/02_train.ipynb #3b6fa8c6
+# %% ../../nbs/experiments/02_train.ipynb #379e7f41
 def build_optimizer(
     name:str, # as in `optimizer_class`
     model:nn.Module, # its parameters that require gradients are optimized
     hyperparameters:dict, # lr, weight_decay (for tensors of two or more dimensions), and others of the class
 ) -> torch.optim.Optimizer:
-    "The optimizer for `model`. Raises `KeyError` for an unknown name, `ValueError` for a hyperparameter it does not have or a value out of range."
+    "The optimizer for `model`. Raises `UsageError` for an unknown name or hyperparameter, and what the class raises for a value out of range."
     cls, fixed = optimizer_class(name)
     settings = {**fixed, **hyperparameters}
     known = inspect.signature(cls).parameters
     for key in settings:
         if key not in known and not any(p.kind == p.VAR_KEYWORD for p in known.values()):
-            near = difflib.get_close_matches(key, known, n=1)
-            raise ValueError(f"{name} has no hyperparameter {key!r}" + (f', did you mean {near[0]}?' if near else ''))
+            raise unknown(f'hyperparameter of {name}', key, [k for k in known if k != 'params'])
     decay = settings.pop('weight_decay', 0.0)
     groups = {True: [], False: []}
     for pair in model.named_parameters():
@@ -156,7 +154,7 @@ def train(
     return {'status': status, **_summary(task, history), 'history': history, 'seconds': round(sum(times), 3), 'ms_per_step': _quartiles(times),
             'state_bytes': state_bytes(inner), 'parameters': sum(p.numel() for p in model.parameters()), 'environment': environment(accelerator.device)}
 
-# %% ../../nbs/experiments/02_train.ipynb #da30b238
+# %% ../../nbs/experiments/02_train.ipynb #08decbb8
 def _one_step(task:Task, accelerator, model, opt, batch, clip:float|None) -> tuple[float, bool]:
     "Forward, backward, clip, step; False, and no step, when the loss or the gradient is not finite."
     opt.zero_grad()
@@ -173,7 +171,7 @@ def _one_step(task:Task, accelerator, model, opt, batch, clip:float|None) -> tup
 
 def _quartiles(times:list[float]) -> dict:
     "Median and quartiles of the step times in milliseconds."
-    low, mid, high = statistics.quantiles(times, n=4) if len(times) > 1 else times * 3
+    low, mid, high = statistics.quantiles(times, n=4, method='inclusive') if len(times) > 1 else times * 3
     return {'median': round(1e3*mid, 3), 'low': round(1e3*low, 3), 'high': round(1e3*high, 3)}
 
 # %% ../../nbs/experiments/02_train.ipynb #27dfd21f
