@@ -28,7 +28,7 @@ def check_range(
     "Raise `ValueError` unless `0 <= value < below`."
     if not 0.0 <= value < below: raise ValueError(f'Invalid {what} value: {value}')
 
-# %% ../nbs/91_base.ipynb #fb4f3c29
+# %% ../nbs/91_base.ipynb #80809f11
 class BaseOptimizer(Optimizer):
     "An `Optimizer` that names its parameters, checks groups when they are added, and loads state without loss."
 
@@ -83,9 +83,14 @@ class BaseOptimizer(Optimizer):
     def load_state_dict(self, state_dict:dict):
         "As in PyTorch, hooks included, but state keeps its precision (see `restored`)."
         loaded = {}
-        last_hook = self.register_load_state_dict_pre_hook(lambda _, given: loaded.update(given))
+        hooks = [self.register_load_state_dict_pre_hook(lambda _, given: loaded.update(given)),
+                 self.register_load_state_dict_post_hook(lambda _: self._restore(loaded), prepend=True)]
         try: super().load_state_dict(state_dict)
-        finally: last_hook.remove()
+        finally:
+            for hook in hooks: hook.remove()
+
+    def _restore(self, loaded:dict):
+        "Replace the state that PyTorch has cast by that of the checkpoint, before any other hook sees it."
         saved_ids = [i for group in loaded['param_groups'] for i in group['params']]
         own = [(p, group) for group in self.param_groups for p in group['params']]
         for i, (p, group) in zip(saved_ids, own):

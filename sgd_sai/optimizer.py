@@ -34,13 +34,14 @@ def sgd_sai_reference(
     update = momentum*m + (1 - momentum)*g if nesterov else m
     return theta + (lr if maximize else -lr) * state['gsnr'] * update
 
-# %% ../nbs/01_optimizer.ipynb #95f196dc
+# %% ../nbs/01_optimizer.ipynb #39a295fa
 SCALES = ('gsnr', 'sqrt_numel')
 
 def _to_host(
     values:list[Tensor], # 0-d tensors, on any devices
 ) -> list[float]:
     "The values as floats, with one transfer for each device and dtype."
+    values = [value.full_tensor() if hasattr(value, 'full_tensor') else value for value in values]      # sharded tensors reduce here
     out, together = [0.0] * len(values), {}
     for i, value in enumerate(values): together.setdefault((value.device, value.dtype), []).append(i)
     for index in together.values():
@@ -69,13 +70,13 @@ def measure(
     control = (lambda grad: math.sqrt(max(grad.numel(), 1))) if scale == 'sqrt_numel' else scale
     return [float(control(grad)) if value > 0 else value for grad, value in zip(grads, G)]
 
-# %% ../nbs/01_optimizer.ipynb #2ad35610
+# %% ../nbs/01_optimizer.ipynb #1b9a0cb8
 def _add_(
     p:Tensor, u:Tensor, # same shape
     step, # float, or 0-d tensor
 ):
     "p += step * u, without a temporary."
-    if isinstance(step, Tensor): p.addcmul_(u, step.to(p.device))
+    if isinstance(step, Tensor): p.addcmul_(u.clone() if u.requires_grad else u, step.to(p.device))      # autograd keeps its own u
     else: p.add_(u, alpha=step)
 
 def _step_one(p, g, m, step, *, decay, momentum, nesterov):
@@ -87,7 +88,7 @@ def _step_one(p, g, m, step, *, decay, momentum, nesterov):
         _add_(p, m, step * momentum)
     else: _add_(p, m if momentum else g, step)
 
-# %% ../nbs/01_optimizer.ipynb #5ee1c000
+# %% ../nbs/01_optimizer.ipynb #26ecdd51
 PIECE = 1 << 19  # entries; p, g and m of a piece are 6 MB in float32, which stays in the last-level cache
 
 def _is_dense(t:Tensor) -> bool:
@@ -108,9 +109,12 @@ def _pieces(
     *tensors:Tensor, # same shape
     size:int=PIECE, # entries of a piece
 ) -> Iterable[tuple[Tensor, ...]]:
-    "Matching flat views of the tensors, `size` entries at a time; the whole tensors when their memory layouts differ."
+    "Matching views of the tensors, about `size` entries at a time: flat ones where the memory layouts agree, slices of the longest dimension where not."
     n = tensors[0].numel()
-    if not _same_layout(*tensors) or (n <= size and n > 0 and tensors[0].is_contiguous()): return [tensors]
+    if n <= size or any(type(t) not in (Tensor, torch.nn.Parameter) for t in tensors): return [tensors]
+    if not _same_layout(*tensors):
+        longest = max(range(tensors[0].ndim), key=tensors[0].size)
+        return zip(*(t.split(max(1, size * t.size(longest) // n), longest) for t in tensors))
     flat = [t.as_strided((n,), (1,)) for t in tensors]
     return zip(*(t.split(size) for t in flat))
 
@@ -187,7 +191,7 @@ def _implementation(params, grads, bufs, *, foreach, fused, differentiable, on_d
         if device == 'cuda' or compiling: return _foreach
     return _for_loop
 
-# %% ../nbs/01_optimizer.ipynb #5c66f7f1
+# %% ../nbs/01_optimizer.ipynb #1b698a80
 def _as_state(G:float, p:Tensor, capturable:bool):
     "A scale in the form in which the state of `p` holds it."
     return torch.tensor(G, dtype=torch.promote_types(p.real.dtype, torch.float32), device=p.device) if capturable else G
@@ -213,10 +217,13 @@ def start(
     opt:BaseOptimizer, # holds groups with `scale`, `eps`, `max_ratio` and `capturable`
 ):
     "Measure the parameters that have a gradient and no scale. Raises `RuntimeError`, and changes nothing, for one that is not finite or sparse."
-    pending = [(p, group) for group in opt.param_groups for p in opt.with_grad(group) if 'gsnr' not in opt.state.get(p, ())]
+    ready = [(p, group) for group in opt.param_groups for p in opt.with_grad(group)]
+    if any(group['fused'] and p.device.type not in ('cpu', 'cuda') for p, group in ready):
+        raise RuntimeError('`fused=True` requires all the params to be floating point Tensors of supported devices')
+    pending = [(p, group) for p, group in ready if 'gsnr' not in opt.state.get(p, ())]
     if pending: _measure_pending(opt, pending)
 
-# %% ../nbs/01_optimizer.ipynb #61d53c74
+# %% ../nbs/01_optimizer.ipynb #95c7a41a
 def _state_dtype(p:Tensor, group:dict) -> torch.dtype:
     "The dtype of the momentum of `p`."
     return p.dtype if group['state_dtype'] is None or p.is_complex() else group['state_dtype']
@@ -232,7 +239,10 @@ def _largest_scale(opt:BaseOptimizer):
 def _step_group(opt:BaseOptimizer, group:dict, largest):
     "One step of the parameters of `group` that have a gradient."
     lr, momentum = group['lr'], group['momentum']
-    if isinstance(lr, Tensor) and not (group['capturable'] or group['differentiable'] or torch.compiler.is_compiling()): lr = lr.item()
+    if isinstance(lr, Tensor):
+        stays = group['capturable'] or group['differentiable'] or torch.compiler.is_compiling()
+        lr = lr.reshape(()) if stays else lr.item()
+    if isinstance(largest, Tensor) and not group['capturable']: largest = largest.item()
     together = {}
     for p in opt.with_grad(group):
         state = opt.state.get(p, {})
@@ -250,7 +260,7 @@ def _step_group(opt:BaseOptimizer, group:dict, largest):
         step(params, grads, bufs, scales, lr=lr, momentum=momentum, weight_decay=group['weight_decay'], nesterov=group['nesterov'],
              maximize=group['maximize'])
 
-# %% ../nbs/01_optimizer.ipynb #98a9f62f
+# %% ../nbs/01_optimizer.ipynb #30938c46
 class ScaledOptimizer(BaseOptimizer):
     "What `SGDSaI` keeps per parameter: a constant scale and a momentum, and how both are shown, set, saved and loaded."
     def scales(self) -> dict[str, float]: # by parameter name; parameters that have not started are missing
@@ -281,12 +291,13 @@ class ScaledOptimizer(BaseOptimizer):
         return packed
 
     def load_state_dict(self, state_dict):
-        "As in PyTorch, without loss of precision; scales that cannot be right (0, not finite, above `max_ratio`) are dropped."
+        "As in PyTorch, without loss of precision. A scale of 0 or not finite is dropped, and in the authors' files one above `max_ratio`."
         functions = [group['scale'] for group in self.param_groups]
+        theirs = ['max_ratio' not in group for group in state_dict['param_groups']]
         super().load_state_dict(state_dict)
-        for group, function in zip(self.param_groups, functions):
+        for group, function, mend in zip(self.param_groups, functions, theirs):
             if group['scale'] == 'callable': group['scale'] = function
-            limit = group['max_ratio'] if group['scale'] == 'gsnr' and group['max_ratio'] else math.inf
+            limit = group['max_ratio'] if mend and group['max_ratio'] else math.inf
             for p in group['params']:
                 G = float(self.state.get(p, {}).get('gsnr', 1))
                 if not 0 < G <= limit * max(math.sqrt(p.numel()), 1) or not math.isfinite(G): del self.state[p]

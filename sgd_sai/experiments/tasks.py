@@ -144,16 +144,16 @@ def predict_next(model:nn.Module, batch) -> tuple[Tensor, None]:
     x, y = batch
     return nn.functional.cross_entropy(model(x).logits.flatten(0, 1), y.flatten()), None
 
-# %% ../../nbs/experiments/00_tasks.ipynb #dd815f18
-def load_pydoc(folder=None, block:int=128) -> Data:
+# %% ../../nbs/experiments/00_tasks.ipynb #aff35d46
+def load_pydoc(folder=None, block:int=64) -> Data:
     "The topics of Python's built-in help as bytes, in windows of `block`."
     from pydoc_data.topics import topics
     text = '\n\n'.join(topics[key] for key in sorted(topics)).encode()
     return split_text(torch.frombuffer(bytearray(text), dtype=torch.uint8).long(), block, 256, digest(text))
 
 def build_pydoc_gpt(sizes:dict) -> nn.Module:
-    "GPT-2 with 4 layers, 4 heads, width 96."
-    return build_gpt2(sizes, layers=4, heads=4, width=96)
+    "GPT-2 with 3 layers, 4 heads, width 96."
+    return build_gpt2(sizes, layers=3, heads=4, width=96)
 
 # %% ../../nbs/experiments/00_tasks.ipynb #b19b38f9
 SHAKESPEARE = dict(name='tinyshakespeare.txt', url='https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt',
@@ -169,7 +169,7 @@ def build_shakespeare_gpt(sizes:dict) -> nn.Module:
     "GPT-2 with 4 layers, 4 heads, width 128: nanoGPT's size for a CPU."
     return build_gpt2(sizes, layers=4, heads=4, width=128)
 
-# %% ../../nbs/experiments/00_tasks.ipynb #38683e2f
+# %% ../../nbs/experiments/00_tasks.ipynb #e7f651e5
 def _settings(sgd_sai:dict, sgdm:dict, adamw:dict) -> dict:
     "Hyperparameters by optimizer; the control shares those of SGD-SaI."
     return {'sgd_sai': sgd_sai, 'sgd_sai_sqrtn': sgd_sai, 'sgdm': sgdm, 'adamw': adamw}
@@ -179,7 +179,7 @@ TASKS = {task.name: task for task in [
          load_digits, build_digits_vit, classify, 'accuracy', steps=400, batch_size=64, warmup=40, eval_every=25, clip=1.0,
          settings=_settings(dict(lr=0.02, weight_decay=0.1), dict(lr=0.1, weight_decay=0.0001), dict(lr=0.003, weight_decay=0.1))),
     Task('pydoc-gpt', "a small GPT-2 on Python's own documentation, byte by byte", 'Python (installed)', 'PSF', 1.0,
-         load_pydoc, build_pydoc_gpt, predict_next, 'val_loss', steps=600, batch_size=16, warmup=60, eval_every=50, clip=1.0, replacement=True,
+         load_pydoc, build_pydoc_gpt, predict_next, 'val_loss', steps=800, batch_size=16, warmup=80, eval_every=100, clip=1.0, replacement=True,
          settings=_settings(dict(lr=0.03, weight_decay=0.01), dict(lr=0.3, weight_decay=0.0001), dict(lr=0.003, weight_decay=0.1))),
     Task('shakespeare-gpt', "nanoGPT's smallest recipe: GPT-2 on Shakespeare, character by character", 'download, 1.1 MB', 'public domain', 3.0,
          load_shakespeare, build_shakespeare_gpt, predict_next, 'val_loss', steps=2000, batch_size=12, warmup=100, eval_every=250, clip=1.0, replacement=True,
