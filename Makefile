@@ -18,8 +18,9 @@ help: ## list the targets
 compare: $(VENV)/.experiments ## train a small model with each optimizer: table, CSV, figure (ARGS for `sgd-sai compare`)
 	$(bin)/sgd-sai compare $(ARGS)
 
+# as many workers as cores, with one thread each: threads of several workers would wait for each other
 test: $(VENV)/.dev ## run every notebook and every test (ARGS for pytest)
-	$(py) -m pytest tests $(ARGS)
+	OMP_NUM_THREADS=1 $(py) -m pytest tests --numprocesses auto --dist worksteal $(ARGS)
 
 test-gpu: $(VENV)/.dev ## run the notebooks and tests that have something for a CUDA device, there
 	$(py) -m pytest tests --gpu $(ARGS)

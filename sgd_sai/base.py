@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-# %% ../nbs/91_base.ipynb #c0bb7e46
+# %% ../nbs/91_base.ipynb #08f6106c
 def check_lr(
     lr, # float, or tensor with one element
 ):
@@ -22,13 +22,13 @@ def check_lr(
 
 def check_range(
     value:float, # the hyperparameter
-    what:str, # how PyTorch calls it in errors, e.g. `'momentum'`
+    what:str, # how PyTorch calls it in errors, e.g. 'momentum'
     below:float=float('inf'), # the value must be smaller than this
 ):
     "Raise `ValueError` unless `0 <= value < below`."
     if not 0.0 <= value < below: raise ValueError(f'Invalid {what} value: {value}')
 
-# %% ../nbs/91_base.ipynb #80809f11
+# %% ../nbs/91_base.ipynb #3fa6726c
 class BaseOptimizer(Optimizer):
     "An `Optimizer` that names its parameters, checks groups when they are added, and loads state without loss."
 
@@ -42,7 +42,7 @@ class BaseOptimizer(Optimizer):
         group:dict, # its group, as loaded
         key:str, # name of the state entry
         value, # what the checkpoint holds
-    ): # what goes into `self.state[p][key]`
+    ): # what goes into self.state[p][key]
         "A saved state entry as it should be in this optimizer; by default its tensors only change device."
         return value.to(p.device) if isinstance(value, Tensor) else value
 

@@ -12,7 +12,7 @@ from typing import Callable, Iterable, NamedTuple
 import torch
 from torch import Tensor, nn
 
-# %% ../nbs/00_gsnr.ipynb #c209c51a
+# %% ../nbs/00_gsnr.ipynb #5213efd3
 _WIDER = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.complex32: torch.complex64}
 
 def _mean_var(
@@ -32,7 +32,7 @@ def _norm_mean_std(grad:Tensor, correction:int=1) -> tuple[Tensor, Tensor, Tenso
     mean, var = _mean_var(grad, correction)
     return ((n - correction)*var + n*mean.abs()**2).sqrt(), mean, var.sqrt()
 
-# %% ../nbs/00_gsnr.ipynb #219f76e9
+# %% ../nbs/00_gsnr.ipynb #0dd5c7b7
 def gsnr(
     grad:Tensor, # gradient of one tensor, any shape; floating point or complex, dense
     eps:float=1e-8, # added to the standard deviation, same unit as the gradient; at most 1e-3 of its root mean square
@@ -52,7 +52,7 @@ def gsnr(
     G = torch.ones_like(norm) * norm.isfinite() if n == 1 else norm / (sigma + (1e-3 * norm / math.sqrt(n)).clamp(max=eps))
     return torch.where(norm == 0, norm, torch.where(norm.isfinite(), G, torch.nan))
 
-# %% ../nbs/00_gsnr.ipynb #ec1cfc73
+# %% ../nbs/00_gsnr.ipynb #08b3f615
 class GSNRRow(NamedTuple):
     "One parameter tensor in a `GSNRTable`."
     name: str         # qualified name in the model
@@ -66,10 +66,10 @@ class GSNRRow(NamedTuple):
     sqrt_numel: float # sqrt(n), the data-free control
     ratio: float      # G / sqrt(n)
 
-# %% ../nbs/00_gsnr.ipynb #b137f7fa
+# %% ../nbs/00_gsnr.ipynb #18244546
 def layer_kind(
     module:nn.Module, # the module that owns the parameter
-    name:str, # the parameter's name within `module`, e.g. `'bias'`
+    name:str, # the parameter's name within module, e.g. 'bias'
     p:Tensor, # the parameter
 ) -> str: # 'linear', 'conv', 'embedding', 'norm', 'bias' or 'other'
     "What sort of tensor `p` is. Norm layers of any library are recognised by their class name."
@@ -81,7 +81,7 @@ def layer_kind(
     if 'weight' in name and p.ndim == 2: return 'linear'
     return 'other'
 
-# %% ../nbs/00_gsnr.ipynb #b21774f7
+# %% ../nbs/00_gsnr.ipynb #8a9697b4
 _COLUMNS = [('name', '{}'), ('kind', '{}'), ('shape', '{}'), ('numel', '{:,}'), ('norm', '{:.3g}'), ('mean', '{:.2e}'),
             ('std', '{:.2e}'), ('gsnr', '{:.2f}'), ('sqrt_numel', '{:.2f}'), ('ratio', '{:.4f}')]
 
@@ -112,10 +112,10 @@ class GSNRTable(list):
         "The figure of `plot_gsnr`."
         return plot_gsnr(self, title)
 
-# %% ../nbs/00_gsnr.ipynb #526ee920
+# %% ../nbs/00_gsnr.ipynb #a346208d
 def gsnr_table(
-    model, # `nn.Module` after `backward()`, or pairs of name and parameter
-    eps:float=1e-8, # as in `gsnr`
+    model, # nn.Module after backward(), or pairs of name and parameter
+    eps:float=1e-8, # as in gsnr
 ) -> GSNRTable: # a row for each tensor that has a gradient
     "g-SNR of every tensor of `model`, from the gradients it holds now. Raises `ValueError` when there are none."
     owner = {}
@@ -132,7 +132,7 @@ def gsnr_table(
     if not rows: raise ValueError('no parameter of the model has a gradient: call loss.backward() first')
     return rows
 
-# %% ../nbs/00_gsnr.ipynb #86c09dbb
+# %% ../nbs/00_gsnr.ipynb #3686b3a2
 def plot_gsnr(
     table:GSNRTable,
     title:str='', # above the figure
@@ -159,12 +159,12 @@ def plot_gsnr(
         plt.close(fig)
     return fig
 
-# %% ../nbs/00_gsnr.ipynb #15f7aa7a
+# %% ../nbs/00_gsnr.ipynb #b637dc3a
 def gsnr_batches(
     model:nn.Module, # its parameters stay as they are, and so do the gradients it holds
-    loss_fn:Callable, # `loss_fn(model, batch)` -> 0-d loss
-    batches:Iterable, # whatever `loss_fn` understands, one after the other
-    eps:float=1e-8, # as in `gsnr`
+    loss_fn:Callable, # loss_fn(model, batch) -> 0-d loss
+    batches:Iterable, # whatever loss_fn understands, one after the other
+    eps:float=1e-8, # as in gsnr
 ) -> list[GSNRTable]: # one table per batch
     "g-SNR of every tensor on each of several batches, all at the present parameters."
     kept = [(p, p.grad) for p in model.parameters()]
@@ -179,7 +179,7 @@ def gsnr_batches(
     return tables
 
 def average_gsnr(
-    tables:list[GSNRTable], # tables of the same tensors, e.g. from `gsnr_batches`; a tensor's zero-gradient batches are left out
+    tables:list[GSNRTable], # tables of the same tensors, e.g. from gsnr_batches; a tensor's zero-gradient batches are left out
 ) -> GSNRTable: # the same rows with norm, mean, std, gsnr and ratio averaged
     "Average of several tables, tensor by tensor. Raises `ValueError` when they do not list the same tensors."
     if len({tuple(row.name for row in table) for table in tables}) != 1:

@@ -17,14 +17,14 @@ from torch.optim.optimizer import _use_grad_for_differentiable
 from .base import BaseOptimizer, check_lr, check_range
 from .gsnr import gsnr
 
-# %% ../nbs/01_optimizer.ipynb #e7c428b8
+# %% ../nbs/01_optimizer.ipynb #7fbb8d6d
 def sgd_sai_reference(
     theta:Tensor, # the parameter
     g:Tensor, # its gradient, same shape
-    state:dict, # empty before the first step; holds `gsnr` and `momentum_buffer` from then on
+    state:dict, # empty before the first step; holds gsnr and momentum_buffer from then on
     lr:float=1e-2, momentum:float=0.9, weight_decay:float=1e-2, eps:float=1e-8,
-    nesterov:bool=False, maximize:bool=False, # as in `SGDSaI`
-) -> Tensor: # the parameter after the step; `theta` is left alone
+    nesterov:bool=False, maximize:bool=False, # as in SGDSaI
+) -> Tensor: # the parameter after the step; theta is left alone
     "One step of SGD-SaI (arXiv 2412.11768, Algorithm 1 without the division by the largest G) on one tensor, as the equations stand."
     theta = theta * (1 - lr*weight_decay)
     if 'gsnr' not in state:
@@ -34,7 +34,7 @@ def sgd_sai_reference(
     update = momentum*m + (1 - momentum)*g if nesterov else m
     return theta + (lr if maximize else -lr) * state['gsnr'] * update
 
-# %% ../nbs/01_optimizer.ipynb #39a295fa
+# %% ../nbs/01_optimizer.ipynb #085f394b
 SCALES = ('gsnr', 'sqrt_numel')
 
 def _to_host(
@@ -54,11 +54,11 @@ def _rescued(grad:Tensor, eps:float) -> float:
     if largest == 0 or not math.isfinite(largest): return 0.0 if largest == 0 else math.nan
     return gsnr(grad.to(torch.promote_types(grad.dtype, torch.float32)) / largest, eps / largest).item()
 
-# %% ../nbs/01_optimizer.ipynb #134a7152
+# %% ../nbs/01_optimizer.ipynb #a149a647
 def measure(
     grads:list[Tensor], # first gradients, dense, any shapes and devices
     scale:str|Callable='gsnr', # 'gsnr', 'sqrt_numel', or a function of a gradient that returns a positive float
-    eps:float=1e-8, # as in `gsnr`
+    eps:float=1e-8, # as in gsnr
     max_ratio:float|None=10.0, # G is held at this many times sqrt(n); None: no limit
 ) -> list[float]: # the scale of each; 0 where a gradient is all zeros, nan where it is not finite
     "Scales of several tensors from their first gradients, with one transfer from the device for all of them."
@@ -70,7 +70,7 @@ def measure(
     control = (lambda grad: math.sqrt(max(grad.numel(), 1))) if scale == 'sqrt_numel' else scale
     return [float(control(grad)) if value > 0 else value for grad, value in zip(grads, G)]
 
-# %% ../nbs/01_optimizer.ipynb #1b9a0cb8
+# %% ../nbs/01_optimizer.ipynb #d7ad4a11
 def _add_(
     p:Tensor, u:Tensor, # same shape
     step, # float, or 0-d tensor
@@ -88,7 +88,7 @@ def _step_one(p, g, m, step, *, decay, momentum, nesterov):
         _add_(p, m, step * momentum)
     else: _add_(p, m if momentum else g, step)
 
-# %% ../nbs/01_optimizer.ipynb #26ecdd51
+# %% ../nbs/01_optimizer.ipynb #c490e031
 PIECE = 1 << 19  # entries; p, g and m of a piece are 6 MB in float32, which stays in the last-level cache
 
 def _is_dense(t:Tensor) -> bool:
@@ -118,7 +118,7 @@ def _pieces(
     flat = [t.as_strided((n,), (1,)) for t in tensors]
     return zip(*(t.split(size) for t in flat))
 
-# %% ../nbs/01_optimizer.ipynb #6f60da84
+# %% ../nbs/01_optimizer.ipynb #130f3bdf
 def _step_mixed(p, g, m, step, *, decay, momentum, nesterov):
     "`_step_one` in float32 with one rounding at the end, piece by piece; `m` is None without momentum."
     for p_, g_, *m_ in _pieces(p, g, *([m] if momentum else [])):
@@ -138,7 +138,7 @@ def _for_loop(params, grads, bufs, scales, *, lr, momentum, weight_decay, nester
         plain = p.dtype in (torch.float32, torch.float64) and g.dtype == p.dtype and (m is None or m.dtype == p.dtype)
         (_step_one if plain else _step_mixed)(p, g, m, lr*G if maximize else -lr*G, decay=1 - lr*weight_decay, momentum=momentum, nesterov=nesterov)
 
-# %% ../nbs/01_optimizer.ipynb #54408c4e
+# %% ../nbs/01_optimizer.ipynb #f548e8d8
 def _foreach(params, grads, bufs, scales, *, lr, momentum, weight_decay, nesterov, maximize):
     "SGD-SaI with the shared operations of all tensors in one kernel each. Same dtype and device throughout, no sixteen-bit types."
     params, grads, bufs = ([_real(t)[0] for t in tensors] for tensors in (params, grads, bufs))
@@ -150,7 +150,7 @@ def _foreach(params, grads, bufs, scales, *, lr, momentum, weight_decay, nestero
         if momentum and nesterov: _add_(p, g, step * (1 - momentum))
         _add_(p, m if momentum else g, step * momentum if momentum and nesterov else step)
 
-# %% ../nbs/01_optimizer.ipynb #4a09f264
+# %% ../nbs/01_optimizer.ipynb #0e695e4f
 SMALL = 1 << 15  # entries; PyTorch's ordinary operations stay on one core up to here
 
 def _fused(params, grads, bufs, scales, *, lr, momentum, weight_decay, nesterov, maximize):
@@ -170,7 +170,7 @@ def _fused(params, grads, bufs, scales, *, lr, momentum, weight_decay, nesterov,
                 torch._fused_sgd_([p_], [g_], m_, weight_decay=0.0, momentum=momentum, lr=-step, dampening=momentum,
                                   nesterov=False, maximize=False, is_first_step=False)
 
-# %% ../nbs/01_optimizer.ipynb #effeb78f
+# %% ../nbs/01_optimizer.ipynb #75e2891c
 def _implementation(params, grads, bufs, *, foreach, fused, differentiable, on_device):
     "The function that makes the step for these tensors; `on_device`: lr or scales are tensors."
     if differentiable: return _for_loop
@@ -191,7 +191,7 @@ def _implementation(params, grads, bufs, *, foreach, fused, differentiable, on_d
         if device == 'cuda' or compiling: return _foreach
     return _for_loop
 
-# %% ../nbs/01_optimizer.ipynb #1b698a80
+# %% ../nbs/01_optimizer.ipynb #4974d795
 def _as_state(G:float, p:Tensor, capturable:bool):
     "A scale in the form in which the state of `p` holds it."
     return torch.tensor(G, dtype=torch.promote_types(p.real.dtype, torch.float32), device=p.device) if capturable else G
@@ -214,7 +214,7 @@ def _measure_pending(opt:BaseOptimizer, pending:list[tuple[Tensor, dict]]):
 
 @torch.no_grad()
 def start(
-    opt:BaseOptimizer, # holds groups with `scale`, `eps`, `max_ratio` and `capturable`
+    opt:BaseOptimizer, # holds groups with scale, eps, max_ratio and capturable
 ):
     "Measure the parameters that have a gradient and no scale. Raises `RuntimeError`, and changes nothing, for one that is not finite or sparse."
     ready = [(p, group) for group in opt.param_groups for p in opt.with_grad(group)]
@@ -223,7 +223,7 @@ def start(
     pending = [(p, group) for p, group in ready if 'gsnr' not in opt.state.get(p, ())]
     if pending: _measure_pending(opt, pending)
 
-# %% ../nbs/01_optimizer.ipynb #95c7a41a
+# %% ../nbs/01_optimizer.ipynb #3af775b6
 def _state_dtype(p:Tensor, group:dict) -> torch.dtype:
     "The dtype of the momentum of `p`."
     return p.dtype if group['state_dtype'] is None or p.is_complex() else group['state_dtype']
@@ -260,7 +260,7 @@ def _step_group(opt:BaseOptimizer, group:dict, largest):
         step(params, grads, bufs, scales, lr=lr, momentum=momentum, weight_decay=group['weight_decay'], nesterov=group['nesterov'],
              maximize=group['maximize'])
 
-# %% ../nbs/01_optimizer.ipynb #30938c46
+# %% ../nbs/01_optimizer.ipynb #fa75b392
 class ScaledOptimizer(BaseOptimizer):
     "What `SGDSaI` keeps per parameter: a constant scale and a momentum, and how both are shown, set, saved and loaded."
     def scales(self) -> dict[str, float]: # by parameter name; parameters that have not started are missing
@@ -268,7 +268,7 @@ class ScaledOptimizer(BaseOptimizer):
         return {name: float(self.state[p]['gsnr']) for name, p in self.named() if 'gsnr' in self.state.get(p, ())}
 
     def set_scales(self,
-        scales, # dict from parameter name to scale, or a `GSNRTable`
+        scales, # dict from parameter name to scale, or a GSNRTable
     ):
         "Use these scales instead of measuring. Raises `KeyError` for an unknown name and `ValueError` unless positive and finite."
         scales = scales if isinstance(scales, dict) else {row.name: row.gsnr for row in scales}
@@ -302,9 +302,9 @@ class ScaledOptimizer(BaseOptimizer):
                 G = float(self.state.get(p, {}).get('gsnr', 1))
                 if not 0 < G <= limit * max(math.sqrt(p.numel()), 1) or not math.isfinite(G): del self.state[p]
 
-# %% ../nbs/01_optimizer.ipynb #8f03ee62
+# %% ../nbs/01_optimizer.ipynb #73ac29a3
 def check_sgd_sai(
-    group:dict, # hyperparameters as in `SGDSaI`, and `params` where it is a group
+    group:dict, # hyperparameters as in SGDSaI, and params where it is a group
 ):
     "Raise `ValueError` for a hyperparameter out of range, `RuntimeError` for settings that exclude each other."
     check_lr(group['lr'])
@@ -324,7 +324,7 @@ def check_sgd_sai(
     if fused and not all(p.is_floating_point() for p in group.get('params', ())):
         raise RuntimeError('`fused=True` requires all the params to be floating point Tensors')
 
-# %% ../nbs/01_optimizer.ipynb #ff5fc830
+# %% ../nbs/01_optimizer.ipynb #e3ddd629
 class SGDSaI(ScaledOptimizer):
     """SGD with momentum and learning rates scaled at initialization (arXiv 2412.11768): `lr * G` for each tensor, G its g-SNR.
 
@@ -368,12 +368,12 @@ class SGDSaI(ScaledOptimizer):
         for group in self.param_groups: _step_group(self, group, largest)
         return loss
 
-# %% ../nbs/01_optimizer.ipynb #51712a3c
+# %% ../nbs/01_optimizer.ipynb #8ecdfe2b
 class SGD_sai(SGDSaI):
     "`SGDSaI` with the positional order and the `warmup_step` of the authors' package `sgd-sai`; loads its checkpoints."
     def __init__(self,
-        params, # as in `SGDSaI`
-        lr:float=1e-2, momentum:float=0.9, eps:float=1e-8, weight_decay:float=1e-2, # as in `SGDSaI`, in the authors' order
+        params, # as in SGDSaI
+        lr:float=1e-2, momentum:float=0.9, eps:float=1e-8, weight_decay:float=1e-2, # as in SGDSaI, in the authors' order
     ):
         super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay, eps=eps)
 

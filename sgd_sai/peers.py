@@ -9,7 +9,7 @@ __all__ = ['AUTHORS_VERSION', 'cache_folder', 'authors_sgd_sai', 'po_optimizer']
 import difflib, hashlib, os, subprocess, sys, types, zipfile
 from pathlib import Path
 
-# %% ../nbs/92_peers.ipynb #b757bc25
+# %% ../nbs/92_peers.ipynb #c1f3e0fb
 AUTHORS_VERSION = '1.0.3'
 _AUTHORS_SHA256 = '5f5e6b5d8ec5371ce4ed297bafd16b4aa9b41e45643558a4ad6371902a593437'
 
@@ -30,7 +30,7 @@ def _authors_wheel() -> Path:
         raise RuntimeError(f'{wheel} is not the published file: remove it and try again')
     return wheel
 
-def authors_sgd_sai() -> type: # a `torch.optim.Optimizer` class with the signature `(params, lr, momentum, eps, weight_decay)`
+def authors_sgd_sai() -> type: # a torch.optim.Optimizer class with the signature (params, lr, momentum, eps, weight_decay)
     "The class `SGD_sai` of the authors' package, as module `sgd_sai_authors`. Raises `RuntimeError` when it cannot be had."
     if 'sgd_sai_authors' not in sys.modules:
         module = types.ModuleType('sgd_sai_authors')
@@ -39,9 +39,9 @@ def authors_sgd_sai() -> type: # a `torch.optim.Optimizer` class with the signat
         sys.modules['sgd_sai_authors'] = module
     return sys.modules['sgd_sai_authors'].SGD_sai
 
-# %% ../nbs/92_peers.ipynb #4965f02b
+# %% ../nbs/92_peers.ipynb #7c62e371
 def po_optimizer(
-    name:str, # e.g. `'Lion'`
+    name:str, # e.g. 'Lion'
 ) -> type: # the optimizer class
     "An optimizer of the package `pytorch_optimizer`. Raises `KeyError` for an unknown name, with the nearest ones."
     from pytorch_optimizer import get_supported_optimizers, load_optimizer

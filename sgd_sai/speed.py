@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .optimizer import SGDSaI
 from .peers import authors_sgd_sai
 
-# %% ../nbs/05_speed.ipynb #0c8cdba6
+# %% ../nbs/05_speed.ipynb #e9cbb3d1
 def _gpt2(**config):
     from transformers import GPT2Config, GPT2LMHeadModel
     return GPT2LMHeadModel(GPT2Config(**config))
@@ -33,7 +33,7 @@ SHAPES = { # name -> function that builds the model
 }
 
 def model_shapes(
-    name:str, # as in `SHAPES`
+    name:str, # as in SHAPES
 ) -> list[torch.Size]: # one for each parameter, shared ones once
     "Shapes of a model's parameters; nothing is allocated. Raises `KeyError` for an unknown name."
     if name not in SHAPES:
@@ -42,7 +42,7 @@ def model_shapes(
     with torch.device('meta'): model = SHAPES[name]()
     return [p.shape for p in model.parameters()]
 
-# %% ../nbs/05_speed.ipynb #792ea722
+# %% ../nbs/05_speed.ipynb #cebaf75e
 CONTESTANTS = { # label -> function from parameters to an optimizer; the first is what the others are compared with
     'torch SGD, fused':      lambda p: torch.optim.SGD(p, lr=1e-9, momentum=0.9, fused=True),
     'torch SGD, foreach':    lambda p: torch.optim.SGD(p, lr=1e-9, momentum=0.9, foreach=True),
@@ -55,7 +55,7 @@ CONTESTANTS = { # label -> function from parameters to an optimizer; the first i
 
 def step_times(
     shapes, # of the parameters
-    contestants:dict[str, Callable]|None=None, # as `CONTESTANTS`, which is the default
+    contestants:dict[str, Callable]|None=None, # as CONTESTANTS, which is the default
     rounds:int=20, # steps of each
     device:str='cpu', # or 'cuda'
 ) -> dict[str, list[float]]: # label -> seconds of each step
@@ -81,9 +81,9 @@ def _timed(f:Callable, device:str) -> float:
     if device == 'cuda': torch.cuda.synchronize()
     return time.perf_counter() - begin
 
-# %% ../nbs/05_speed.ipynb #c89ea2c3
+# %% ../nbs/05_speed.ipynb #1c99b226
 def times_frame(
-    times:dict[str, list[float]], # from `step_times`
+    times:dict[str, list[float]], # from step_times
 ) -> list[dict]: # a line per optimizer: milliseconds, and ratio to the first with quartiles
     "Medians with quartiles, and ratios to the first contestant."
     first = next(iter(times.values()))
@@ -96,7 +96,7 @@ def times_frame(
     return rows
 
 def times_table(
-    times:dict[str, list[float]], # from `step_times`
+    times:dict[str, list[float]], # from step_times
 ) -> str:
     "The measurement as text."
     rows = times_frame(times)

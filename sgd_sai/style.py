@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ACCENT', 'INK', 'MUTED', 'GRID', 'OPTIMIZER_STYLE', 'KIND_MARKERS', 'optimizer_style', 'figure_style']
 
-# %% ../nbs/90_style.ipynb #ffae98e1
+# %% ../nbs/90_style.ipynb #95740a6a
 ACCENT = '#C2410C'
 INK, MUTED, GRID = '#1F2937', '#6B7280', '#E5E7EB'
 
@@ -21,16 +21,16 @@ _SPARE = ['#BE185D', '#4D7C0F', '#0369A1', '#92400E', '#475569']  # optimizers t
 
 KIND_MARKERS = {'conv': 's', 'linear': 'o', 'embedding': 'D', 'norm': '^', 'bias': 'v', 'other': 'P'}
 
-# %% ../nbs/90_style.ipynb #4cd0e60b
+# %% ../nbs/90_style.ipynb #b43fb373
 def optimizer_style(
-    name:str, # registry name of the optimizer, e.g. `'adamw'` or `'po:Lion'`
+    name:str, # registry name of the optimizer, e.g. 'adamw' or 'po:Lion'
     order:int=0, # position among the optimizers that have no colour of their own
 ) -> tuple: # label, colour, matplotlib line style
     "How every figure and table of the project shows the optimizer `name`."
     if name in OPTIMIZER_STYLE: return OPTIMIZER_STYLE[name]
     return name.removeprefix('po:'), _SPARE[order % len(_SPARE)], '-'
 
-# %% ../nbs/90_style.ipynb #d5363fdc
+# %% ../nbs/90_style.ipynb #5879c3a7
 def figure_style():
     "A matplotlib context in which every figure of the project is drawn. Raises `ImportError` without matplotlib."
     from matplotlib import rc_context

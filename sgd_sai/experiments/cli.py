@@ -18,7 +18,7 @@ from .tasks import UsageError, unknown
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode='rich',
                   help='SGD-SaI, SGD with learning rates scaled at initialization: compare it, look at it, time it.')
 
-# %% ../../nbs/experiments/05_cli.ipynb #05058104
+# %% ../../nbs/experiments/05_cli.ipynb #0653836a
 @contextmanager
 def _in_words():
     "Turn the exceptions that users can cause into a message and an exit code."
@@ -44,7 +44,7 @@ def _settings(items:list[str]) -> dict:
         out.setdefault(name, {})[hyper] = parsed
     return out
 
-# %% ../../nbs/experiments/05_cli.ipynb #7678c8be
+# %% ../../nbs/experiments/05_cli.ipynb #ac71eda3
 @app.command()
 def tasks():
     "What can be trained: data, size, time of a run on two CPU cores."
@@ -57,7 +57,7 @@ def tasks():
     for t in TASKS.values(): table.add_row(t.name, t.title, t.source, t.licence, str(t.steps), t.metric, f'{t.minutes:g}')
     Console().print(table)
 
-# %% ../../nbs/experiments/05_cli.ipynb #adbc291b
+# %% ../../nbs/experiments/05_cli.ipynb #f28ce148
 DataOption = Annotated[Optional[Path], typer.Option('--data', help='Folder with data (default: $SGD_SAI_DATA, else ./data).')]
 
 @app.command()
@@ -86,7 +86,7 @@ def compare(
         Console().print(summary_table(get_task(task), made['frame']))
         typer.echo(f"table   {made['csv']}\nfigure  {made['figure']}\nruns    {out / task}")
 
-# %% ../../nbs/experiments/05_cli.ipynb #db3eaa84
+# %% ../../nbs/experiments/05_cli.ipynb #c2038684
 @app.command()
 def gsnr(
     task: Annotated[str, typer.Argument(help='Whose model; see `sgd-sai tasks`.')] = 'digits-vit',
@@ -112,7 +112,7 @@ def gsnr(
             table.plot(f'{task}, first step').savefig(plot)
             typer.echo(f'figure  {plot}')
 
-# %% ../../nbs/experiments/05_cli.ipynb #ad2e7b89
+# %% ../../nbs/experiments/05_cli.ipynb #c53c302d
 @app.command()
 def speed(
     model: Annotated[str, typer.Argument(help='Whose parameter shapes; `sgd-sai speed list` shows the names.')] = 'gpt2',
@@ -126,7 +126,7 @@ def speed(
         if model not in SHAPES: raise unknown('model', model, SHAPES)
         typer.echo(times_table(step_times(model_shapes(model), rounds=rounds, device=device)))
 
-# %% ../../nbs/experiments/05_cli.ipynb #199ea34d
+# %% ../../nbs/experiments/05_cli.ipynb #b52d75f3
 def main():
     "Entry point of `sgd-sai` and `python -m sgd_sai`."
     os.environ.setdefault('TRANSFORMERS_VERBOSITY', 'error')

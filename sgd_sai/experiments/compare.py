@@ -19,7 +19,7 @@ from .tasks import Data, Task, UsageError
 from .train import build_optimizer, make_spec, train
 from ..style import optimizer_style
 
-# %% ../../nbs/experiments/04_compare.ipynb #fbef49d6
+# %% ../../nbs/experiments/04_compare.ipynb #3bc62e2c
 DEFAULT_OPTIMIZERS = ('sgd_sai', 'sgd_sai_sqrtn', 'sgdm', 'adamw')
 
 def plan(
@@ -41,15 +41,15 @@ def plan(
         except (ValueError, TypeError, RuntimeError) as e: raise UsageError(f'{spec.optimizer}: {e}') from None
     return specs
 
-# %% ../../nbs/experiments/04_compare.ipynb #22ef0beb
+# %% ../../nbs/experiments/04_compare.ipynb #a1abd39a
 def train_missing(
     task:Task, data:Data,
-    specs:list[RunSpec], # from `plan`
+    specs:list[RunSpec], # from plan
     folder, # of the run files
     device:str|None=None, # 'cpu', or None for a GPU when there is one
-    progress:Callable|None=None, # context manager: (task, specs) -> function (spec, state, step, loss, metrics); see `bars`
+    progress:Callable|None=None, # context manager: (task, specs) -> function (spec, state, step, loss, metrics); see bars
     fresh:bool=False, # train again what has been trained
-) -> list[dict]: # run records in the order of `specs`
+) -> list[dict]: # run records in the order of specs
     "Run records of `specs`: found in `folder`, or trained and saved there. Raises `OSError` before training when the folder cannot be written."
     check_writable(folder)
     runs = []
@@ -68,7 +68,7 @@ def train_missing(
 @contextmanager
 def _silent(task, specs): yield lambda *_: None
 
-# %% ../../nbs/experiments/04_compare.ipynb #6060c1c2
+# %% ../../nbs/experiments/04_compare.ipynb #992fd8df
 def _shown(task:Task, metrics:dict) -> str:
     "The figure of merit in a few characters."
     return f'{METRIC_NAMES[task.metric]} {metrics[task.metric]:.4f}' if metrics.get(task.metric) is not None else ''
@@ -99,10 +99,10 @@ def bars(task:Task, specs:list[RunSpec]):
             if not console.is_terminal: console.print(f'{label(spec):32} {state:9} {_shown(task, metrics)}')
         yield tell
 
-# %% ../../nbs/experiments/04_compare.ipynb #99c5b4ab
+# %% ../../nbs/experiments/04_compare.ipynb #54ad88af
 def summary_frame(
     task:Task,
-    runs:list[dict], # records from `train_missing`
+    runs:list[dict], # records from train_missing
 ): # DataFrame, a line per optimizer
     "Best and final metric over seeds, time per step, bytes of state. Diverged runs are counted, and left out of the means."
     import pandas as pd
@@ -118,7 +118,7 @@ def summary_frame(
         rows.append(row | {'state_bytes': mine[0]['state_bytes'], 'parameters': mine[0]['parameters']})
     return pd.DataFrame(rows)
 
-# %% ../../nbs/experiments/04_compare.ipynb #b5f79676
+# %% ../../nbs/experiments/04_compare.ipynb #15a34638
 def _bytes(n:float) -> str:
     "A size for people, in powers of 1000."
     for unit in ('B', 'kB', 'MB', 'GB'):
@@ -127,8 +127,8 @@ def _bytes(n:float) -> str:
 
 def summary_table(
     task:Task,
-    frame, # from `summary_frame`
-): # a `rich.table.Table`
+    frame, # from summary_frame
+): # a rich.table.Table
     "The comparison as a table for the terminal."
     from rich.table import Table
     table = Table(title=f'{task.name}: {task.title}', title_justify='left')
@@ -143,14 +143,14 @@ def summary_table(
                       f"{row['seeds']}" + (f" ({row['diverged']} diverged)" if row['diverged'] else ''))
     return table
 
-# %% ../../nbs/experiments/04_compare.ipynb #6feacaac
+# %% ../../nbs/experiments/04_compare.ipynb #9a008d4d
 def compare(
     task:Task,
     folder, # for run files, table and figure
-    optimizers=DEFAULT_OPTIMIZERS, seeds:int=3, steps:int|None=None, precision:str='no', changes:dict|None=None, # as in `plan`
-    device:str|None=None, fresh:bool=False, # as in `train_missing`
-    data_dir=None, # folder with data; None: see `tasks.data_folder`
-    progress:Callable|None=None, # as in `train_missing`
+    optimizers=DEFAULT_OPTIMIZERS, seeds:int=3, steps:int|None=None, precision:str='no', changes:dict|None=None, # as in plan
+    device:str|None=None, fresh:bool=False, # as in train_missing
+    data_dir=None, # folder with data; None: see tasks.data_folder
+    progress:Callable|None=None, # as in train_missing
 ) -> dict: # 'runs', 'frame', 'csv', 'figure' (paths)
     "Train `task` with several optimizers and seeds; writes FOLDER/compare-TASK.csv and .png. Raises as `plan` and `train_missing` do."
     check_writable(folder)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METRIC_LABELS', 'plot_comparison']
 
-# %% ../../nbs/experiments/03_plots.ipynb #0348c2ea
+# %% ../../nbs/experiments/03_plots.ipynb #3fa18705
 from pathlib import Path
 
 from .runs import history_frame
@@ -13,7 +13,7 @@ from ..style import figure_style, optimizer_style
 
 METRIC_LABELS = {'val_loss': 'validation loss (nats)', 'train_loss': 'training loss (nats)', 'accuracy': 'validation accuracy'}
 
-# %% ../../nbs/experiments/03_plots.ipynb #83f63fbb
+# %% ../../nbs/experiments/03_plots.ipynb #33e32c02
 def _curve(ax, frame, x:str, y:str, label:str, color:str, line):
     "Mean over seeds of `y`, with the range over seeds as a band, against the mean of `x`."
     points = frame.dropna(subset=[y]).groupby('step').agg(x=(x, 'mean'), mid=(y, 'mean'), low=(y, 'min'), high=(y, 'max'))
@@ -27,7 +27,7 @@ def _limits(frame, y:str) -> tuple[float, float]:
     margin = 0.04 * (high - low) or 0.1
     return low - margin, high + margin
 
-# %% ../../nbs/experiments/03_plots.ipynb #e50bad54
+# %% ../../nbs/experiments/03_plots.ipynb #72308bb9
 def plot_comparison(
     runs:list[dict], # run records of one task
     metric:str, # the task's figure of merit: 'accuracy' or 'val_loss'

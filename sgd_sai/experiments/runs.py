@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-# %% ../../nbs/experiments/01_runs.ipynb #a49230e7
+# %% ../../nbs/experiments/01_runs.ipynb #b55f8a11
 SCHEMA = 1 # of the run files; part of what is hashed
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class RunSpec:
         text = json.dumps({'schema': SCHEMA, **asdict(self)}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
-# %% ../../nbs/experiments/01_runs.ipynb #53e666e9
+# %% ../../nbs/experiments/01_runs.ipynb #603a863f
 def environment(
     device, # torch device the run used
 ) -> dict:
@@ -49,7 +49,7 @@ def environment(
     return {'sgd_sai': sgd_sai.__version__, 'commit': git.stdout.strip() or None, 'torch': torch.__version__, 'python': platform.python_version(),
             'system': platform.system(), 'device': f'{device.type}: {name}', 'threads': torch.get_num_threads()}
 
-# %% ../../nbs/experiments/01_runs.ipynb #898ee63d
+# %% ../../nbs/experiments/01_runs.ipynb #9b63a1e3
 def check_writable(
     folder, # where runs are going to be written; made if need be
 ):
@@ -69,7 +69,7 @@ def run_path(
 def save_run(
     folder, # root of the run files
     spec:RunSpec,
-    record:dict, # what came out: see `experiments.train`
+    record:dict, # what came out: see experiments.train
 ) -> Path: # the file
     "Write one run, all or nothing."
     path = run_path(folder, spec)
@@ -105,9 +105,9 @@ def load_runs(
     "All finished runs below `folder`."
     return [run for path in sorted(Path(folder).glob(f'{task or "*"}/*.json')) if (run := _read(path))]
 
-# %% ../../nbs/experiments/01_runs.ipynb #0451b7f2
+# %% ../../nbs/experiments/01_runs.ipynb #04379b49
 def run_frame(
-    runs:list[dict], # from `load_runs`
+    runs:list[dict], # from load_runs
 ): # DataFrame: a line per run
     "One line per run: what defined it, best and final metrics, times and bytes."
     import pandas as pd
@@ -120,7 +120,7 @@ def run_frame(
     return pd.DataFrame(rows)
 
 def history_frame(
-    runs:list[dict], # from `load_runs`
+    runs:list[dict], # from load_runs
 ): # DataFrame: a line per evaluation
     "One line per evaluation of every run: step, seconds of training, losses and metrics."
     import pandas as pd

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
 
-# %% ../../nbs/experiments/00_tasks.ipynb #28aba3c4
+# %% ../../nbs/experiments/00_tasks.ipynb #2753282d
 class Data(NamedTuple):
     "What a task's loader returns."
     train: Dataset # items are tuples (input, target)
     val: Dataset   # the same, never trained on
-    sizes: dict    # what the model has to know, e.g. `{'vocab_size': 65}`
+    sizes: dict    # what the model has to know, e.g. {'vocab_size': 65}
     digest: str    # first 12 hex digits of the SHA-256 of the raw data
 
 def digest(
@@ -41,8 +41,8 @@ class Task:
     source: str             # where the data come from
     licence: str            # of the data
     minutes: float          # of one run, on two CPU cores
-    load: Callable          # folder for data -> `Data`
-    build: Callable         # `Data.sizes` -> `nn.Module`
+    load: Callable          # folder for data -> Data
+    build: Callable         # Data.sizes -> nn.Module
     loss: Callable          # model, batch -> 0-d loss, number of correct predictions or None
     metric: str             # the figure of merit: 'accuracy' (higher is better) or 'val_loss' (lower is)
     steps: int              # of one run
@@ -56,16 +56,16 @@ class Task:
     @property
     def higher_is_better(self) -> bool: return self.metric == 'accuracy'
 
-# %% ../../nbs/experiments/00_tasks.ipynb #38e51514
+# %% ../../nbs/experiments/00_tasks.ipynb #f8dea109
 def data_folder(
-    given=None, # from the command line; None: `$SGD_SAI_DATA`, else ./data
+    given=None, # from the command line; None: $SGD_SAI_DATA, else ./data
 ) -> Path:
     "The folder in which data are looked for and kept."
     return Path(given or os.environ.get('SGD_SAI_DATA') or 'data')
 
 def fetch_file(
-    folder:Path, # from `data_folder`
-    name:str, # file name in `folder`
+    folder:Path, # from data_folder
+    name:str, # file name in folder
     url:str, # where it can be had
     sha256:str, # of the whole file
 ) -> Path: # the file, present and checked
@@ -83,7 +83,7 @@ def fetch_file(
     if found != sha256: raise FileNotFoundError(f'{path} is not the expected file (SHA-256 {found[:12]}..., expected {sha256[:12]}...).\nRemove it, or get it from {url}')
     return path
 
-# %% ../../nbs/experiments/00_tasks.ipynb #ba3f131d
+# %% ../../nbs/experiments/00_tasks.ipynb #b6ad7d6b
 def load_digits(folder=None) -> Data:
     "Scikit-learn's digits, 1,438 images to train and 359 to validate, 1x8x8 in [-1, 1]."
     from sklearn.datasets import load_digits
@@ -104,13 +104,13 @@ def classify(model:nn.Module, batch) -> tuple[Tensor, Tensor]:
     logits = model(x).logits
     return nn.functional.cross_entropy(logits, y), (logits.argmax(-1) == y).sum()
 
-# %% ../../nbs/experiments/00_tasks.ipynb #f15458c9
+# %% ../../nbs/experiments/00_tasks.ipynb #f5f89000
 class TextWindows(Dataset):
     "Windows of `block` tokens with their successors as targets, one at every `stride`-th position."
     def __init__(self,
         tokens:Tensor, # the text, 1-d int64
         block:int, # length of a window
-        stride:int=1, # distance between windows; `block` for no overlap
+        stride:int=1, # distance between windows; block for no overlap
     ):
         self.tokens, self.block, self.stride = tokens, block, stride
     def __len__(self): return max((len(self.tokens) - self.block - 1) // self.stride + 1, 0)
@@ -123,13 +123,13 @@ def split_text(
     tokens:Tensor, # the whole text
     block:int, # window length
     vocab_size:int,
-    fingerprint:str, # `digest` of the raw text
+    fingerprint:str, # digest of the raw text
 ) -> Data: # the first nine tenths to train, the rest to validate
     "A text as training and validation windows."
     n = int(0.9 * len(tokens))
     return Data(TextWindows(tokens[:n], block), TextWindows(tokens[n:], block, block), {'vocab_size': vocab_size, 'block': block}, fingerprint)
 
-# %% ../../nbs/experiments/00_tasks.ipynb #1aeec14b
+# %% ../../nbs/experiments/00_tasks.ipynb #27bb4ba9
 def build_gpt2(
     sizes:dict, # 'vocab_size' and 'block'
     layers:int, heads:int, width:int, # of the transformer
@@ -144,7 +144,7 @@ def predict_next(model:nn.Module, batch) -> tuple[Tensor, None]:
     x, y = batch
     return nn.functional.cross_entropy(model(x).logits.flatten(0, 1), y.flatten()), None
 
-# %% ../../nbs/experiments/00_tasks.ipynb #aff35d46
+# %% ../../nbs/experiments/00_tasks.ipynb #e7439f3f
 def load_pydoc(folder=None, block:int=64) -> Data:
     "The topics of Python's built-in help as bytes, in windows of `block`."
     from pydoc_data.topics import topics
@@ -155,7 +155,7 @@ def build_pydoc_gpt(sizes:dict) -> nn.Module:
     "GPT-2 with 3 layers, 4 heads, width 96."
     return build_gpt2(sizes, layers=3, heads=4, width=96)
 
-# %% ../../nbs/experiments/00_tasks.ipynb #b19b38f9
+# %% ../../nbs/experiments/00_tasks.ipynb #4a607f03
 SHAKESPEARE = dict(name='tinyshakespeare.txt', url='https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt',
                    sha256='86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed')
 
@@ -169,7 +169,7 @@ def build_shakespeare_gpt(sizes:dict) -> nn.Module:
     "GPT-2 with 4 layers, 4 heads, width 128: nanoGPT's size for a CPU."
     return build_gpt2(sizes, layers=4, heads=4, width=128)
 
-# %% ../../nbs/experiments/00_tasks.ipynb #e7f651e5
+# %% ../../nbs/experiments/00_tasks.ipynb #34a165cf
 def _settings(sgd_sai:dict, sgdm:dict, adamw:dict) -> dict:
     "Hyperparameters by optimizer; the control shares those of SGD-SaI."
     return {'sgd_sai': sgd_sai, 'sgd_sai_sqrtn': sgd_sai, 'sgdm': sgdm, 'adamw': adamw}
@@ -186,7 +186,7 @@ TASKS = {task.name: task for task in [
          settings=_settings(dict(lr=0.03, weight_decay=0.01), dict(lr=0.3, weight_decay=0.0001), dict(lr=0.001, weight_decay=0.1, betas=(0.9, 0.99)))),
 ]}
 
-# %% ../../nbs/experiments/00_tasks.ipynb #28fd80cb
+# %% ../../nbs/experiments/00_tasks.ipynb #b695db78
 class UsageError(ValueError):
     "What a user typed is unknown or out of range; the message says what would be right."
 
@@ -201,7 +201,7 @@ def unknown(
     return UsageError(f"unknown {what} {name!r}" + (f', did you mean {near[0]}?' if near else '.') + f" Known: {', '.join(known)}{more}")
 
 def get_task(
-    name:str, # as in `TASKS`
+    name:str, # as in TASKS
 ) -> Task:
     "A task by name. Raises `UsageError` for an unknown one."
     if name not in TASKS: raise unknown('task', name, TASKS)

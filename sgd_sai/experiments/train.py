@@ -19,7 +19,7 @@ from .tasks import Data, Task, UsageError, unknown
 from ..optimizer import SGDSaI
 from ..peers import po_optimizer
 
-# %% ../../nbs/experiments/02_train.ipynb #c3eb4042
+# %% ../../nbs/experiments/02_train.ipynb #cd6bbc40
 OPTIMIZERS = { # name -> class, hyperparameters that make it what the name says
     'sgd_sai':       (SGDSaI, {}),
     'sgd_sai_sqrtn': (SGDSaI, {'scale': 'sqrt_numel'}),
@@ -28,7 +28,7 @@ OPTIMIZERS = { # name -> class, hyperparameters that make it what the name says
 }
 
 def optimizer_class(
-    name:str, # as in `OPTIMIZERS`, or 'po:Name'
+    name:str, # as in OPTIMIZERS, or 'po:Name'
 ) -> tuple[type, dict]: # the class, and the hyperparameters that belong to the name
     "An optimizer by name. Raises `UsageError` for an unknown one."
     if name in OPTIMIZERS: return OPTIMIZERS[name]
@@ -36,9 +36,9 @@ def optimizer_class(
     try: return po_optimizer(name[3:]), {}
     except KeyError as e: raise UsageError(e.args[0]) from None
 
-# %% ../../nbs/experiments/02_train.ipynb #379e7f41
+# %% ../../nbs/experiments/02_train.ipynb #71a8ea7a
 def build_optimizer(
-    name:str, # as in `optimizer_class`
+    name:str, # as in optimizer_class
     model:nn.Module, # its parameters that require gradients are optimized
     hyperparameters:dict, # lr, weight_decay (for tensors of two or more dimensions), and others of the class
 ) -> torch.optim.Optimizer:
@@ -60,7 +60,7 @@ def state_bytes(opt:torch.optim.Optimizer) -> int:
     def size(x): return x.numel() * x.element_size() if isinstance(x, torch.Tensor) else 8 * isinstance(x, (int, float))
     return sum(size(x) for state in opt.state.values() for x in state.values())
 
-# %% ../../nbs/experiments/02_train.ipynb #92f3472c
+# %% ../../nbs/experiments/02_train.ipynb #a657e596
 def schedule(
     step:int, # 0 for the first
     steps:int, warmup:int, # of the run
@@ -70,11 +70,11 @@ def schedule(
     if step < warmup: return (step + 1) / (warmup + 1)
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
 
-# %% ../../nbs/experiments/02_train.ipynb #166187f6
+# %% ../../nbs/experiments/02_train.ipynb #38bd7464
 def batches(
     task:Task, data:Data,
     spec:RunSpec, # for seed, steps and batch size
-    prepare:Callable=lambda loader: loader, # e.g. `Accelerator.prepare`
+    prepare:Callable=lambda loader: loader, # e.g. Accelerator.prepare
 ) -> Iterator: # endless
     "Training batches in an order that depends on the seed alone."
     generator = torch.Generator().manual_seed(spec.seed)
@@ -100,7 +100,7 @@ def evaluate(
     total, correct, n = reduce(sums).tolist()
     return {'val_loss': total / n} | ({'accuracy': correct / n} if right is not None else {})
 
-# %% ../../nbs/experiments/02_train.ipynb #705b4edb
+# %% ../../nbs/experiments/02_train.ipynb #da32624e
 def _accelerator(precision:str, device:str|None):
     "An `Accelerator` for this precision, on the CPU when asked for or when there is nothing else."
     from accelerate import Accelerator, DataLoaderConfiguration
@@ -113,7 +113,7 @@ def _summary(task:Task, history:list[dict]) -> dict:
     best = {name: (max if name == 'accuracy' else min)(p[name] for p in points) for name in names}
     return {'best': best, 'final': {name: points[-1][name] for name in names}}
 
-# %% ../../nbs/experiments/02_train.ipynb #e4a90b46
+# %% ../../nbs/experiments/02_train.ipynb #4b08681b
 def train(
     task:Task, data:Data,
     spec:RunSpec, # what defines the run
@@ -154,7 +154,7 @@ def train(
     return {'status': status, **_summary(task, history), 'history': history, 'seconds': round(sum(times), 3), 'ms_per_step': _quartiles(times),
             'state_bytes': state_bytes(inner), 'parameters': sum(p.numel() for p in model.parameters()), 'environment': environment(accelerator.device)}
 
-# %% ../../nbs/experiments/02_train.ipynb #08decbb8
+# %% ../../nbs/experiments/02_train.ipynb #6a21cee7
 def _one_step(task:Task, accelerator, model, opt, batch, clip:float|None) -> tuple[float, bool]:
     "Forward, backward, clip, step; False, and no step, when the loss or the gradient is not finite."
     opt.zero_grad()
@@ -174,7 +174,7 @@ def _quartiles(times:list[float]) -> dict:
     low, mid, high = statistics.quantiles(times, n=4, method='inclusive') if len(times) > 1 else times * 3
     return {'median': round(1e3*mid, 3), 'low': round(1e3*low, 3), 'high': round(1e3*high, 3)}
 
-# %% ../../nbs/experiments/02_train.ipynb #27dfd21f
+# %% ../../nbs/experiments/02_train.ipynb #34ad673b
 def make_spec(
     task:Task, data:Data,
     optimizer:str, # registry name
