@@ -88,8 +88,8 @@ def _step_one(p, g, m, step, *, decay, momentum, nesterov):
         _add_(p, m, step * momentum)
     else: _add_(p, m if momentum else g, step)
 
-# %% ../nbs/01_optimizer.ipynb #c490e031
-PIECE = 1 << 19  # entries; p, g and m of a piece are 6 MB in float32, which stays in the last-level cache
+# %% ../nbs/01_optimizer.ipynb #35ad7a10
+PIECE = 1 << 20  # entries; the momentum of a piece is 4 MB in float32, which stays in the last-level cache
 
 def _is_dense(t:Tensor) -> bool:
     "Whether the entries of `t` fill their memory without gaps or overlaps, in whatever order of dimensions."
@@ -150,11 +150,17 @@ def _foreach(params, grads, bufs, scales, *, lr, momentum, weight_decay, nestero
         if momentum and nesterov: _add_(p, g, step * (1 - momentum))
         _add_(p, m if momentum else g, step * momentum if momentum and nesterov else step)
 
-# %% ../nbs/01_optimizer.ipynb #0e695e4f
+# %% ../nbs/01_optimizer.ipynb #ad905717
 SMALL = 1 << 15  # entries; PyTorch's ordinary operations stay on one core up to here
 
+def _fused_one(p, g, m, step, *, decay, momentum):
+    "One tensor, or piece of it, through the fused kernel; `decay` is 1 - lr*wd, `step` is -lr*G."
+    if momentum: m.lerp_(g, 1 - momentum)
+    if step: torch._fused_sgd_([p], [m if momentum else g], [], weight_decay=(decay - 1) / step, momentum=0.0, lr=-step, dampening=0.0,
+                               nesterov=False, maximize=False, is_first_step=False)
+
 def _fused(params, grads, bufs, scales, *, lr, momentum, weight_decay, nesterov, maximize):
-    "SGD-SaI through PyTorch's fused SGD kernel, one trip to memory. Real floating-point tensors on CPU or CUDA, `lr` and scales as floats."
+    "SGD-SaI with one trip to memory. Real floating-point tensors on CPU or CUDA, lr and scales as floats."
     small = [i for i, p in enumerate(params) if p.numel() <= SMALL]
     if small: _foreach(*([ts[i] for i in small] for ts in (params, grads, bufs, scales)), lr=lr, momentum=momentum,
                        weight_decay=weight_decay, nesterov=nesterov, maximize=maximize)
@@ -162,13 +168,11 @@ def _fused(params, grads, bufs, scales, *, lr, momentum, weight_decay, nesterov,
     for p, g, m, G in zip(params, grads, bufs, scales):
         if p.numel() <= SMALL: continue
         step, tensors = lr*G if maximize else -lr*G, (p, g, m) if momentum else (p, g)
-        one_kernel = not nesterov and _same_layout(*tensors)
+        by_kernel = not nesterov and _same_layout(*tensors)
         for p_, g_, *m_ in _pieces(*tensors, size=PIECE if p.device.type == 'cpu' else p.numel()):
-            if not one_kernel: _step_one(p_, g_, m_[0] if m_ else None, step, decay=decay, momentum=momentum, nesterov=nesterov)
-            else:
-                if decay != 1: p_.mul_(decay)
-                torch._fused_sgd_([p_], [g_], m_, weight_decay=0.0, momentum=momentum, lr=-step, dampening=momentum,
-                                  nesterov=False, maximize=False, is_first_step=False)
+            m_ = m_[0] if m_ else None
+            if by_kernel: _fused_one(p_, g_, m_, step, decay=decay, momentum=momentum)
+            else: _step_one(p_, g_, m_, step, decay=decay, momentum=momentum, nesterov=nesterov)
 
 # %% ../nbs/01_optimizer.ipynb #75e2891c
 def _implementation(params, grads, bufs, *, foreach, fused, differentiable, on_device):

@@ -44,7 +44,7 @@ def _settings(items:list[str]) -> dict:
         out.setdefault(name, {})[hyper] = parsed
     return out
 
-# %% ../../nbs/experiments/05_cli.ipynb #ac71eda3
+# %% ../../nbs/experiments/05_cli.ipynb #6e4a9eef
 @app.command()
 def tasks():
     "What can be trained: data, size, time of a run on two CPU cores."
@@ -53,8 +53,8 @@ def tasks():
 
     from sgd_sai.experiments.tasks import TASKS
     table = Table(title='Tasks', title_justify='left')
-    for column in ('task', 'what', 'data', 'licence', 'steps', 'figure of merit', 'minutes per run'): table.add_column(column)
-    for t in TASKS.values(): table.add_row(t.name, t.title, t.source, t.licence, str(t.steps), t.metric, f'{t.minutes:g}')
+    for column in ('task', 'what', 'data (licence)', 'steps', 'metric', 'min per run'): table.add_column(column, no_wrap=column == 'task')
+    for t in TASKS.values(): table.add_row(t.name, t.title, f'{t.source} ({t.licence})', str(t.steps), t.metric, f'{t.minutes:g}')
     Console().print(table)
 
 # %% ../../nbs/experiments/05_cli.ipynb #f28ce148

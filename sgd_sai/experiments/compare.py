@@ -118,7 +118,7 @@ def summary_frame(
         rows.append(row | {'state_bytes': mine[0]['state_bytes'], 'parameters': mine[0]['parameters']})
     return pd.DataFrame(rows)
 
-# %% ../../nbs/experiments/04_compare.ipynb #15a34638
+# %% ../../nbs/experiments/04_compare.ipynb #62445894
 def _bytes(n:float) -> str:
     "A size for people, in powers of 1000."
     for unit in ('B', 'kB', 'MB', 'GB'):
@@ -128,19 +128,21 @@ def _bytes(n:float) -> str:
 def summary_table(
     task:Task,
     frame, # from summary_frame
-): # a rich.table.Table
-    "The comparison as a table for the terminal."
+): # a rich table
+    "The comparison as a table that fits into 80 columns: mean and standard deviation over seeds, median time of a step."
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
-    table = Table(title=f'{task.name}: {task.title}', title_justify='left')
-    name = METRIC_NAMES[task.metric]
-    for column in ('optimizer', 'lr', 'weight decay', f'best {name}', f'final {name}', 'ms per step', 'state', 'seeds'):
-        table.add_column(column, justify='left' if column == 'optimizer' else 'right')
-    def spread(mean, std): return 'diverged' if mean != mean else f'{mean:.4f}' + (f' ± {std:.4f}' if std == std else '')
+    scale, digits, unit = (100, 1, 'accuracy in %') if task.metric == 'accuracy' else (1, 4, METRIC_NAMES[task.metric])
+    seeds = frame.seeds.max()
+    table = Table(title=f"{task.name}: {unit}, {'mean ± standard deviation over ' if seeds > 1 else ''}{seeds} seed{'s' * (seeds > 1)}", title_justify='left', box=SIMPLE_HEAD)
+    for column in ('optimizer', 'lr', 'wd', 'best', 'final', 'ms/step', 'state'):
+        table.add_column(column, justify='left' if column == 'optimizer' else 'right', no_wrap=True)
+    def number(x): return 'default' if x is None or x != x else f'{x:g}'
+    def spread(mean, std): return 'diverged' if mean != mean else f'{scale*mean:.{digits}f}' + (f' ± {scale*std:.{digits}f}' if std == std else '')
     for row in frame.to_dict('records'):
-        table.add_row(optimizer_style(row['optimizer'])[0], *(f'{row[key]:g}' if row[key] == row[key] and row[key] is not None else 'default' for key in ('lr', 'weight_decay')),
-                      spread(row[f'best_{task.metric}'], row['best_std']), spread(row[f'final_{task.metric}'], row['final_std']),
-                      f"{row['ms_per_step_median']:.1f} [{row['ms_per_step_low']:.1f}, {row['ms_per_step_high']:.1f}]", _bytes(row['state_bytes']),
-                      f"{row['seeds']}" + (f" ({row['diverged']} diverged)" if row['diverged'] else ''))
+        label = optimizer_style(row['optimizer'])[0] + (f" ({row['diverged']} diverged)" if row['diverged'] else '')
+        table.add_row(label, number(row['lr']), number(row['weight_decay']), spread(row[f'best_{task.metric}'], row['best_std']),
+                      spread(row[f'final_{task.metric}'], row['final_std']), f"{row['ms_per_step_median']:.1f}", _bytes(row['state_bytes']))
     return table
 
 # %% ../../nbs/experiments/04_compare.ipynb #9a008d4d

@@ -169,14 +169,14 @@ def build_shakespeare_gpt(sizes:dict) -> nn.Module:
     "GPT-2 with 4 layers, 4 heads, width 128: nanoGPT's size for a CPU."
     return build_gpt2(sizes, layers=4, heads=4, width=128)
 
-# %% ../../nbs/experiments/00_tasks.ipynb #12f3ed4a
+# %% ../../nbs/experiments/00_tasks.ipynb #faebb90b
 def _settings(sgd_sai:dict, sgdm:dict, adamw:dict) -> dict:
     "Hyperparameters by optimizer; the control shares those of SGD-SaI."
     return {'sgd_sai': sgd_sai, 'sgd_sai_sqrtn': sgd_sai, 'sgdm': sgdm, 'adamw': adamw}
 
 TASKS = {task.name: task for task in [
     Task('digits-vit', 'a small vision transformer on handwritten digits', 'scikit-learn (installed)', 'CC BY 4.0', 0.1,
-         load_digits, build_digits_vit, classify, 'accuracy', steps=400, batch_size=64, warmup=40, eval_every=25, clip=1.0,
+         load_digits, build_digits_vit, classify, 'accuracy', steps=240, batch_size=64, warmup=24, eval_every=20, clip=1.0,
          settings=_settings(dict(lr=0.02, weight_decay=0.1), dict(lr=0.1, weight_decay=0.0001), dict(lr=0.003, weight_decay=0.1))),
     Task('pydoc-gpt', "a small GPT-2 on Python's own documentation, byte by byte", 'Python (installed)', 'PSF', 1.0,
          load_pydoc, build_pydoc_gpt, predict_next, 'val_loss', steps=800, batch_size=16, warmup=80, eval_every=100, clip=1.0, replacement=True,
