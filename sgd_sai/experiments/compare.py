@@ -118,7 +118,7 @@ def summary_frame(
         rows.append(row | {'state_bytes': mine[0]['state_bytes'], 'parameters': mine[0]['parameters']})
     return pd.DataFrame(rows)
 
-# %% ../../nbs/experiments/04_compare.ipynb #62445894
+# %% ../../nbs/experiments/04_compare.ipynb #ef336b99
 def _bytes(n:float) -> str:
     "A size for people, in powers of 1000."
     for unit in ('B', 'kB', 'MB', 'GB'):
@@ -130,11 +130,10 @@ def summary_table(
     frame, # from summary_frame
 ): # a rich table
     "The comparison as a table that fits into 80 columns: mean and standard deviation over seeds, median time of a step."
-    from rich.box import SIMPLE_HEAD
     from rich.table import Table
-    scale, digits, unit = (100, 1, 'accuracy in %') if task.metric == 'accuracy' else (1, 4, METRIC_NAMES[task.metric])
-    seeds = frame.seeds.max()
-    table = Table(title=f"{task.name}: {unit}, {'mean ± standard deviation over ' if seeds > 1 else ''}{seeds} seed{'s' * (seeds > 1)}", title_justify='left', box=SIMPLE_HEAD)
+    scale, digits, unit = (100, 1, 'accuracy in %') if task.metric == 'accuracy' else (1, 3, METRIC_NAMES[task.metric])
+    seeds = int(frame.seeds.max())
+    table = Table(title=f"{task.name}: {unit}, {'mean ± standard deviation over ' if seeds > 1 else ''}{seeds} seed{'s' * (seeds > 1)}", title_justify='left', box=None, padding=(0, 1, 0, 0))
     for column in ('optimizer', 'lr', 'wd', 'best', 'final', 'ms/step', 'state'):
         table.add_column(column, justify='left' if column == 'optimizer' else 'right', no_wrap=True)
     def number(x): return 'default' if x is None or x != x else f'{x:g}'

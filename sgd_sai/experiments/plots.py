@@ -27,28 +27,30 @@ def _limits(frame, y:str) -> tuple[float, float]:
     margin = 0.04 * (high - low) or 0.1
     return low - margin, high + margin
 
-# %% ../../nbs/experiments/03_plots.ipynb #72308bb9
+# %% ../../nbs/experiments/03_plots.ipynb #a3a8fd17
 def plot_comparison(
     runs:list[dict], # run records of one task
     metric:str, # the task's figure of merit: 'accuracy' or 'val_loss'
     title:str='', # above the figure
     path=None, # where to save it as a PNG; None: nowhere
+    against=('step', 'seconds'), # what the columns of the figure have on their x axis
 ): # the matplotlib figure
     "Loss and metric of several optimizers against steps and against training time. Raises `ValueError` without runs."
     if not runs: raise ValueError('no runs to draw')
     import matplotlib.pyplot as plt
     frame = history_frame(runs)
+    units = {'step': 'steps', 'seconds': 'training time (s)'}
     names = list(dict.fromkeys(run['optimizer'] for run in runs))
     spare = [name for name in names if name.startswith('po:')]
     with figure_style():
-        fig, axes = plt.subplots(2, 2, figsize=(10, 6.4), layout='constrained', sharey='row')
+        fig, axes = plt.subplots(2, len(against), figsize=(5.2 * len(against), 6.4), layout='constrained', sharey='row', squeeze=False)
         for row, y in zip(axes, ('train_loss', metric)):
-            for ax, x, unit in zip(row, ('step', 'seconds'), ('steps', 'training time (s)')):
+            for ax, x in zip(row, against):
                 for name in names:
                     label, color, line = optimizer_style(name, spare.index(name) if name in spare else 0)
                     _curve(ax, frame[frame.optimizer == name], x, y, label, color, line)
-                ax.set(xlabel=unit, ylabel=METRIC_LABELS[y] if x == 'step' else '', ylim=_limits(frame, y))
-        axes[0, 1].legend()
+                ax.set(xlabel=units[x], ylabel=METRIC_LABELS[y] if ax is row[0] else '', ylim=_limits(frame, y))
+        axes[0, -1].legend()
         if title: fig.suptitle(title, x=0.01, ha='left', fontweight='bold')
         if path: fig.savefig(Path(path))
         plt.close(fig)
