@@ -27,7 +27,7 @@ def _limits(frame, y:str) -> tuple[float, float]:
     margin = 0.04 * (high - low) or 0.1
     return low - margin, high + margin
 
-# %% ../../nbs/experiments/03_plots.ipynb #a3a8fd17
+# %% ../../nbs/experiments/03_plots.ipynb #4d660b30
 def plot_comparison(
     runs:list[dict], # run records of one task
     metric:str, # the task's figure of merit: 'accuracy' or 'val_loss'
@@ -43,7 +43,9 @@ def plot_comparison(
     names = list(dict.fromkeys(run['optimizer'] for run in runs))
     spare = [name for name in names if name.startswith('po:')]
     with figure_style():
-        fig, axes = plt.subplots(2, len(against), figsize=(5.2 * len(against), 6.4), layout='constrained', sharey='row', squeeze=False)
+        rows = len(against)        # one: the two panels stand side by side
+        fig, axes = plt.subplots(rows, 2, figsize=(10, 3.2 * rows), layout='constrained', sharey='row' if rows == 2 else False, squeeze=False)
+        axes = axes.reshape(2, rows)
         for row, y in zip(axes, ('train_loss', metric)):
             for ax, x in zip(row, against):
                 for name in names:
