@@ -13,7 +13,7 @@ from torch.optim.sgd import sgd
 
 import sgd_sai.optimizer
 from sgd_sai.gsnr import gsnr
-from sgd_sai.optimizer import PIECE, SGD_sai, SGDSaI
+from sgd_sai.optimizer import WIDE, SGD_sai, SGDSaI
 from sgd_sai.peers import authors_sgd_sai
 
 STEPS, TOLERANCE = 20, 1e-6
@@ -309,7 +309,7 @@ def test_memory_is_measured():
 
 
 ENTRIES = 1 << 23
-BUDGET = 2 * 4 * 3 * PIECE + 100_000  # float32 copies of two pieces of parameter, gradient and momentum
+BUDGET = 2 * 4 * 3 * WIDE + 100_000  # float32 copies of two pieces of parameter, gradient and momentum
 assert BUDGET < 2 * ENTRIES  # bytes of the smallest parameter below
 
 

@@ -38,7 +38,9 @@ COMPARE = ["compare", "--seeds", "2", "--steps", "40", "--optimizers", "adamw,sg
 def test_interrupted_comparison_keeps_finished_runs_and_goes_on(tmp_path, sig):
     command = [sys.executable, "-m", "sgd_sai", *COMPARE, "--out", str(tmp_path)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    # a background job ignores SIGINT, and so would what it starts
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # fmt: skip
     deadline = time.monotonic() + 120
     while not (done := list(tmp_path.glob("digits-vit/*.json"))) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.01)

@@ -49,7 +49,7 @@ def environment(
     return {'sgd_sai': sgd_sai.__version__, 'commit': git.stdout.strip() or None, 'torch': torch.__version__, 'python': platform.python_version(),
             'system': platform.system(), 'device': f'{device.type}: {name}', 'threads': torch.get_num_threads()}
 
-# %% ../../nbs/experiments/01_runs.ipynb #9b63a1e3
+# %% ../../nbs/experiments/01_runs.ipynb #10e95186
 def check_writable(
     folder, # where runs are going to be written; made if need be
 ):
@@ -83,6 +83,7 @@ def save_run(
     os.replace(f.name, path)
     return path
 
+# %% ../../nbs/experiments/01_runs.ipynb #870e3543
 def load_run(
     folder, # root of the run files
     spec:RunSpec,
