@@ -119,11 +119,12 @@ def _pieces(
     flat = [t.as_strided((n,), (1,)) for t in tensors]
     return zip(*(t.split(size) for t in flat))
 
-# %% ../nbs/01_optimizer.ipynb #2cf55282
+# %% ../nbs/01_optimizer.ipynb #7ec73abb
 def _step_mixed(p, g, m, step, *, decay, momentum, nesterov):
-    "`_step_one` in float32 with one rounding at the end, piece by piece; `m` is None without momentum."
+    "`_step_one` in float32 or better with one rounding at the end, piece by piece; `m` is None without momentum."
+    wide = torch.promote_types(p.dtype, torch.float32)
     for p_, g_, *m_ in _pieces(p, g, *([m] if momentum else []), size=WIDE):
-        wide_p, wide_g, wide_m = p_.float(), g_.float(), m_[0].float() if momentum else None
+        wide_p, wide_g, wide_m = p_.to(wide), g_.to(wide), m_[0].to(wide) if momentum else None
         _step_one(wide_p, wide_g, wide_m, step, decay=decay, momentum=momentum, nesterov=nesterov)
         p_.copy_(wide_p)
         if momentum: m_[0].copy_(wide_m)
