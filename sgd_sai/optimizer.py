@@ -88,8 +88,8 @@ def _step_one(p, g, m, step, *, decay, momentum, nesterov):
         _add_(p, m, step * momentum)
     else: _add_(p, m if momentum else g, step)
 
-# %% ../nbs/01_optimizer.ipynb #12fcf3b7
-PIECE = 1 << 20  # entries; the momentum of a piece is 4 MB in float32, which stays in the last-level cache
+# %% ../nbs/01_optimizer.ipynb #ec524d5f
+PIECE = 1 << 21  # entries; the momentum of a piece is 8 MB in float32, which stays in the last-level cache
 WIDE = 1 << 18   # entries that are computed in float32 at a time when they are stored in sixteen bits
 
 def _is_dense(t:Tensor) -> bool:
@@ -140,10 +140,10 @@ def _for_loop(params, grads, bufs, scales, *, lr, momentum, weight_decay, nester
         plain = p.dtype in (torch.float32, torch.float64) and g.dtype == p.dtype and (m is None or m.dtype == p.dtype)
         (_step_one if plain else _step_mixed)(p, g, m, lr*G if maximize else -lr*G, decay=1 - lr*weight_decay, momentum=momentum, nesterov=nesterov)
 
-# %% ../nbs/01_optimizer.ipynb #f548e8d8
+# %% ../nbs/01_optimizer.ipynb #0527eb9a
 def _foreach(params, grads, bufs, scales, *, lr, momentum, weight_decay, nesterov, maximize):
     "SGD-SaI with the shared operations of all tensors in one kernel each. Same dtype and device throughout, no sixteen-bit types."
-    params, grads, bufs = ([_real(t)[0] for t in tensors] for tensors in (params, grads, bufs))
+    if params[0].is_complex(): params, grads, bufs = ([_real(t)[0] for t in tensors] for tensors in (params, grads, bufs))
     if momentum: torch._foreach_lerp_(bufs, grads, 1 - momentum)
     decay = 1 - lr*weight_decay
     if isinstance(decay, Tensor) or decay != 1: torch._foreach_mul_(params, decay)
@@ -152,12 +152,13 @@ def _foreach(params, grads, bufs, scales, *, lr, momentum, weight_decay, nestero
         if momentum and nesterov: _add_(p, g, step * (1 - momentum))
         _add_(p, m if momentum else g, step * momentum if momentum and nesterov else step)
 
-# %% ../nbs/01_optimizer.ipynb #ad905717
+# %% ../nbs/01_optimizer.ipynb #9803865f
 SMALL = 1 << 15  # entries; PyTorch's ordinary operations stay on one core up to here
 
 def _fused_one(p, g, m, step, *, decay, momentum):
     "One tensor, or piece of it, through the fused kernel; `decay` is 1 - lr*wd, `step` is -lr*G."
-    if momentum: m.lerp_(g, 1 - momentum)
+    if momentum: torch._fused_sgd_([m], [g], [], weight_decay=-1.0, momentum=0.0, lr=momentum - 1, dampening=0.0,      # m + (1-mu)(g - m)
+                                   nesterov=False, maximize=False, is_first_step=False)
     if step: torch._fused_sgd_([p], [m if momentum else g], [], weight_decay=(decay - 1) / step, momentum=0.0, lr=-step, dampening=0.0,
                                nesterov=False, maximize=False, is_first_step=False)
 
@@ -176,14 +177,14 @@ def _fused(params, grads, bufs, scales, *, lr, momentum, weight_decay, nesterov,
             if by_kernel: _fused_one(p_, g_, m_, step, decay=decay, momentum=momentum)
             else: _step_one(p_, g_, m_, step, decay=decay, momentum=momentum, nesterov=nesterov)
 
-# %% ../nbs/01_optimizer.ipynb #75e2891c
+# %% ../nbs/01_optimizer.ipynb #518c256c
 def _implementation(params, grads, bufs, *, foreach, fused, differentiable, on_device):
     "The function that makes the step for these tensors; `on_device`: lr or scales are tensors."
     if differentiable: return _for_loop
-    tensors = [t for ts in (params, grads, bufs) for t in ts if t is not None]
-    kinds = {(t.device.type, t.dtype) for t in tensors}
-    ordinary = len(kinds) == 1 and all(type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
-    device, dtype = kinds.pop()
+    tensors = params + grads + bufs if bufs[0] is not None else params + grads      # one device, see _step_group
+    dtypes = {t.dtype for t in tensors}
+    ordinary = len(dtypes) == 1 and {type(t) for t in tensors} <= {Tensor, torch.nn.Parameter}
+    device, dtype = params[0].device.type, dtypes.pop()
     compiling = torch.compiler.is_compiling()
     fusible = ordinary and device in ('cpu', 'cuda') and dtype.is_floating_point and not on_device and not compiling
     if fused:
