@@ -5,21 +5,18 @@
 # %% auto #0
 __all__ = ['DEFAULT_OPTIMIZERS', 'METRIC_NAMES', 'plan', 'train_missing', 'bars', 'summary_frame', 'summary_table', 'compare']
 
-# %% ../../nbs/experiments/04_compare.ipynb #3055d438
+# %% ../../nbs/experiments/04_compare.ipynb #b67b814d
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Callable
-
-from torch import nn
 
 from .plots import plot_comparison
 from .runs import RunSpec, check_writable, load_run, save_run
 from .tasks import Data, Task, UsageError
-from .train import build_optimizer, make_spec, train
+from .train import check_spec, make_spec, train
 from ..style import optimizer_style
 
-# %% ../../nbs/experiments/04_compare.ipynb #3bc62e2c
+# %% ../../nbs/experiments/04_compare.ipynb #6a995d3a
 DEFAULT_OPTIMIZERS = ('sgd_sai', 'sgd_sai_sqrtn', 'sgdm', 'adamw')
 
 def plan(
@@ -35,10 +32,7 @@ def plan(
     for name in changes:
         if name not in optimizers: raise UsageError(f"settings for {name!r}, which is not among the optimizers: {', '.join(optimizers)}")
     specs = [make_spec(task, data, name, seed, steps, precision, **changes.get(name, {})) for seed in range(seeds) for name in dict.fromkeys(optimizers)]
-    for spec in specs:
-        try: build_optimizer(spec.optimizer, nn.Linear(4, 4), spec.hyperparameters)
-        except UsageError: raise
-        except (ValueError, TypeError, RuntimeError) as e: raise UsageError(f'{spec.optimizer}: {e}') from None
+    for spec in specs: check_spec(spec)
     return specs
 
 # %% ../../nbs/experiments/04_compare.ipynb #a1abd39a

@@ -4,16 +4,19 @@
 
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'optimizer_class', 'build_optimizer', 'state_bytes', 'schedule', 'batches', 'evaluate', 'train',
-           'make_spec']
+           'epoch_steps', 'make_spec', 'check_spec']
 
-# %% ../../nbs/experiments/02_train.ipynb #ebb693e9
-import inspect, math, statistics, time
+# %% ../../nbs/experiments/02_train.ipynb #1f896083
+import inspect, math, statistics, time, warnings
+from contextlib import contextmanager, nullcontext
 from typing import Callable, Iterator
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, RandomSampler
 
+from ..base import BaseOptimizer
 from .runs import RunSpec, environment
 from .tasks import Data, Task, UsageError, unknown
 from ..optimizer import SGDSaI
@@ -36,7 +39,7 @@ def optimizer_class(
     try: return po_optimizer(name[3:]), {}
     except KeyError as e: raise UsageError(e.args[0]) from None
 
-# %% ../../nbs/experiments/02_train.ipynb #71a8ea7a
+# %% ../../nbs/experiments/02_train.ipynb #2f4c9714
 def build_optimizer(
     name:str, # as in optimizer_class
     model:nn.Module, # its parameters that require gradients are optimized
@@ -52,7 +55,7 @@ def build_optimizer(
     decay = settings.pop('weight_decay', 0.0)
     groups = {True: [], False: []}
     for pair in model.named_parameters():
-        if pair[1].requires_grad: groups[pair[1].ndim >= 2].append(pair if issubclass(cls, SGDSaI) else pair[1])
+        if pair[1].requires_grad: groups[pair[1].ndim >= 2].append(pair if issubclass(cls, BaseOptimizer) else pair[1])
     return cls([dict(params=params, weight_decay=decay if matrices else 0.0) for matrices, params in groups.items() if params], **settings)
 
 def state_bytes(opt:torch.optim.Optimizer) -> int:
@@ -60,17 +63,19 @@ def state_bytes(opt:torch.optim.Optimizer) -> int:
     def size(x): return x.numel() * x.element_size() if isinstance(x, torch.Tensor) else 8 * isinstance(x, (int, float))
     return sum(size(x) for state in opt.state.values() for x in state.values())
 
-# %% ../../nbs/experiments/02_train.ipynb #a657e596
+# %% ../../nbs/experiments/02_train.ipynb #8ee3200a
 def schedule(
     step:int, # 0 for the first
     steps:int, warmup:int, # of the run
-    floor:float=0.1, # what is left at the end
+    floor:float=0.1, # what is left at the end of the cosine
+    milestones:tuple=(), # fractions of the run at which the factor drops to a tenth, instead of the cosine
 ) -> float: # factor on the learning rate, in (0, 1]
-    "Linear warm-up and cosine decay."
+    "Linear warm-up, then cosine decay or steps down."
     if step < warmup: return (step + 1) / (warmup + 1)
+    if milestones: return 0.1 ** sum(step >= m * steps for m in milestones)
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(steps - warmup, 1)))
 
-# %% ../../nbs/experiments/02_train.ipynb #38bd7464
+# %% ../../nbs/experiments/02_train.ipynb #c1d3d19c
 def batches(
     task:Task, data:Data,
     spec:RunSpec, # for seed, steps and batch size
@@ -81,7 +86,15 @@ def batches(
     sampler = RandomSampler(data.train, replacement=task.replacement, generator=generator,
                             num_samples=spec.steps * spec.batch_size if task.replacement else None)
     loader = prepare(DataLoader(data.train, spec.batch_size, sampler=sampler, drop_last=True))
-    while True: yield from loader
+    def endless():
+        while True: yield from loader
+    stream, drawn = endless(), torch.Generator().manual_seed(spec.seed).get_state()
+    while True:
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(drawn)
+            batch = next(stream)
+            drawn = torch.get_rng_state()
+        yield batch
 
 @torch.no_grad()
 def evaluate(
@@ -113,7 +126,7 @@ def _summary(task:Task, history:list[dict]) -> dict:
     best = {name: (max if name == 'accuracy' else min)(p[name] for p in points) for name in names}
     return {'best': best, 'final': {name: points[-1][name] for name in names}}
 
-# %% ../../nbs/experiments/02_train.ipynb #4b08681b
+# %% ../../nbs/experiments/02_train.ipynb #a73f2e6b
 def train(
     task:Task, data:Data,
     spec:RunSpec, # what defines the run
@@ -125,7 +138,7 @@ def train(
     torch.manual_seed(spec.seed)
     model = task.build(data.sizes)
     opt = build_optimizer(spec.optimizer, model, spec.hyperparameters)
-    warmed = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: schedule(step, spec.steps, spec.warmup))
+    warmed = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: schedule(step, spec.steps, spec.warmup, milestones=task.milestones))
     stream = batches(task, data, spec, accelerator.prepare)
     held_out = accelerator.prepare(DataLoader(data.val, max(spec.batch_size, 128)))
     inner = opt
@@ -134,19 +147,21 @@ def train(
                              if accelerator.num_processes > 1 else sums)
 
     model.train()
+    needs_graph = getattr(inner, 'needs_graph', lambda: False)
+    every = max(1, round(spec.steps * task.eval_every / task.steps))
     status, losses, times, metrics = 'finished', [], [], score()
     history = [{'step': 0, 'seconds': 0.0, 'train_loss': None, **metrics}]
     for step in range(1, spec.steps + 1):
         batch = next(stream)
         begin = time.perf_counter()
-        loss, ok = _one_step(task, accelerator, model, opt, batch, spec.clip)
+        loss, ok = _one_step(task, accelerator, model, opt, batch, spec.clip, needs_graph())
         times.append(time.perf_counter() - begin)
         if not ok:
             status = 'diverged'
             break
         warmed.step()
         losses.append(loss)
-        if step % task.eval_every == 0 or step == spec.steps:
+        if step % every == 0 or step == spec.steps:
             metrics = score()
             history.append({'step': step, 'seconds': round(sum(times), 4), 'train_loss': statistics.fmean(losses), **metrics})
             losses = []
@@ -154,14 +169,22 @@ def train(
     return {'status': status, **_summary(task, history), 'history': history, 'seconds': round(sum(times), 3), 'ms_per_step': _quartiles(times),
             'state_bytes': state_bytes(inner), 'parameters': sum(p.numel() for p in model.parameters()), 'environment': environment(accelerator.device)}
 
-# %% ../../nbs/experiments/02_train.ipynb #6a21cee7
-def _one_step(task:Task, accelerator, model, opt, batch, clip:float|None) -> tuple[float, bool]:
-    "Forward, backward, clip, step; False, and no step, when the loss or the gradient is not finite."
+# %% ../../nbs/experiments/02_train.ipynb #391d00ee
+@contextmanager
+def _twice_differentiable():
+    "Attention that has a second derivative; and no warning about gradients that keep their graph alive, which end with the step."
+    with sdpa_kernel(SDPBackend.MATH), warnings.catch_warnings():
+        warnings.filterwarnings('ignore', r'Using backward\(\) with create_graph=True', UserWarning)
+        yield
+
+def _one_step(task:Task, accelerator, model, opt, batch, clip:float|None, graph:bool) -> tuple[float, bool]:
+    "Forward, backward (keeping the graph if need be), clip, step; False, and no step, when the loss or the gradient is not finite."
     opt.zero_grad()
-    with accelerator.autocast(): loss, _ = task.loss(model, batch)
-    value = loss.item()
-    if not math.isfinite(value): return value, False
-    accelerator.backward(loss)
+    with _twice_differentiable() if graph else nullcontext():
+        with accelerator.autocast(): loss, _ = task.loss(model, batch)
+        value = loss.item()
+        if not math.isfinite(value): return value, False
+        accelerator.backward(loss, create_graph=graph)
     if clip:
         norm = accelerator.clip_grad_norm_(model.parameters(), clip)
         if accelerator.scaler is None and not math.isfinite(norm): return value, False
@@ -174,16 +197,36 @@ def _quartiles(times:list[float]) -> dict:
     low, mid, high = statistics.quantiles(times, n=4, method='inclusive') if len(times) > 1 else times * 3
     return {'median': round(1e3*mid, 3), 'low': round(1e3*low, 3), 'high': round(1e3*high, 3)}
 
-# %% ../../nbs/experiments/02_train.ipynb #34ad673b
+# %% ../../nbs/experiments/02_train.ipynb #0b0fceee
+def epoch_steps(
+    data:Data,
+    epochs:float, # times that every training item is seen
+    batch_size:int, # items per step
+) -> int: # at least 1
+    "Steps in a number of epochs; an incomplete batch is not counted."
+    return max(1, int(epochs * len(data.train) / batch_size))
+
 def make_spec(
     task:Task, data:Data,
     optimizer:str, # registry name
     seed:int=0,
     steps:int|None=None, # None: the task's own number
     precision:str='no', # 'no', 'bf16' or 'fp16'
+    batch_size:int|None=None, # None: the task's own
     **changes, # hyperparameters that differ from the task's settings for this optimizer
 ) -> RunSpec:
-    "The definition of a run of `task`: its settings with `changes`. A shorter run gets a proportionally shorter warm-up."
+    "The definition of a run of `task`: its settings with `changes`; the warm-up is the same share of every run. Raises `UsageError` for a batch larger than the data."
     hyperparameters = {**task.settings.get(optimizer, {}), **changes}
-    steps = steps or task.steps
-    return RunSpec(task.name, optimizer, hyperparameters, seed, steps, task.batch_size, max(1, task.warmup * steps // task.steps), task.clip, precision, data.digest)
+    steps, batch_size = steps or task.steps, batch_size or task.batch_size
+    if batch_size > len(data.train) and not task.replacement: raise UsageError(f'a batch of {batch_size}, but {task.name} has {len(data.train)} training items')
+    warmup = max(1, task.warmup * steps // task.steps) if task.warmup else 0
+    return RunSpec(task.name, optimizer, hyperparameters, seed, steps, batch_size, warmup, task.clip, precision, data.digest)
+
+# %% ../../nbs/experiments/02_train.ipynb #15ee2ab2
+def check_spec(spec:RunSpec):
+    "Raise `UsageError` when the optimizer of `spec` cannot be built with its hyperparameters, or not be used with its precision."
+    try: opt = build_optimizer(spec.optimizer, nn.Linear(4, 4), spec.hyperparameters)
+    except UsageError: raise
+    except (ValueError, TypeError, RuntimeError) as e: raise UsageError(f'{spec.optimizer}: {e}') from None
+    if spec.precision == 'fp16' and hasattr(opt, 'needs_graph'):
+        raise UsageError(f'{spec.optimizer} does not work with precision fp16, whose gradients are scaled and no longer match the graph they came from: use bf16')
