@@ -6,7 +6,7 @@
 __all__ = ['OPTIMIZERS', 'optimizer_class', 'build_optimizer', 'state_bytes', 'schedule', 'batches', 'evaluate', 'train',
            'epoch_steps', 'make_spec', 'check_spec']
 
-# %% ../../nbs/experiments/02_train.ipynb #1f896083
+# %% ../../nbs/experiments/02_train.ipynb #9e43456b
 import inspect, math, statistics, time, warnings
 from contextlib import contextmanager, nullcontext
 from typing import Callable, Iterator
@@ -19,15 +19,19 @@ from torch.utils.data import DataLoader, RandomSampler
 from ..base import BaseOptimizer
 from .runs import RunSpec, environment
 from .tasks import Data, Task, UsageError, unknown
+from ..adahessian import AdaHessian
+from ..adan import Adan
 from ..optimizer import SGDSaI
 from ..peers import po_optimizer
 
-# %% ../../nbs/experiments/02_train.ipynb #cd6bbc40
+# %% ../../nbs/experiments/02_train.ipynb #a424bd2f
 OPTIMIZERS = { # name -> class, hyperparameters that make it what the name says
     'sgd_sai':       (SGDSaI, {}),
     'sgd_sai_sqrtn': (SGDSaI, {'scale': 'sqrt_numel'}),
     'sgdm':          (torch.optim.SGD, {'momentum': 0.9, 'fused': True}),
     'adamw':         (torch.optim.AdamW, {'fused': True}),
+    'adan':          (Adan, {}),
+    'adahessian':    (AdaHessian, {}),
 }
 
 def optimizer_class(
@@ -169,7 +173,7 @@ def train(
     return {'status': status, **_summary(task, history), 'history': history, 'seconds': round(sum(times), 3), 'ms_per_step': _quartiles(times),
             'state_bytes': state_bytes(inner), 'parameters': sum(p.numel() for p in model.parameters()), 'environment': environment(accelerator.device)}
 
-# %% ../../nbs/experiments/02_train.ipynb #391d00ee
+# %% ../../nbs/experiments/02_train.ipynb #03868028
 @contextmanager
 def _twice_differentiable():
     "Attention that has a second derivative; and no warning about gradients that keep their graph alive, which end with the step."
@@ -178,7 +182,7 @@ def _twice_differentiable():
         yield
 
 def _one_step(task:Task, accelerator, model, opt, batch, clip:float|None, graph:bool) -> tuple[float, bool]:
-    "Forward, backward (keeping the graph if need be), clip, step; False, and no step, when the loss or the gradient is not finite."
+    "Forward, backward (keeping the graph if need be), clip, step; False, and no step, when loss, gradient or curvature is not finite."
     opt.zero_grad()
     with _twice_differentiable() if graph else nullcontext():
         with accelerator.autocast(): loss, _ = task.loss(model, batch)
@@ -188,7 +192,8 @@ def _one_step(task:Task, accelerator, model, opt, batch, clip:float|None, graph:
     if clip:
         norm = accelerator.clip_grad_norm_(model.parameters(), clip)
         if accelerator.scaler is None and not math.isfinite(norm): return value, False
-    opt.step()
+    try: opt.step()
+    except FloatingPointError: return value, False        # curvature that is not finite
     if accelerator.device.type == 'cuda': torch.cuda.synchronize()
     return value, True
 
