@@ -254,7 +254,7 @@ def build_shakespeare_gpt(sizes:dict) -> nn.Module:
     "GPT-2 with 4 layers, 4 heads, width 128: nanoGPT's size for a CPU."
     return build_gpt2(sizes, layers=4, heads=4, width=128)
 
-# %% ../../nbs/experiments/00_tasks.ipynb #ba6cfda4
+# %% ../../nbs/experiments/00_tasks.ipynb #7be98534
 def _settings(sgd_sai:dict, sgdm:dict, adamw:dict, adan:dict, adahessian:dict) -> dict:
     "Hyperparameters by optimizer; the control shares those of SGD-SaI."
     return {'sgd_sai': sgd_sai, 'sgd_sai_sqrtn': sgd_sai, 'sgdm': sgdm, 'adamw': adamw, 'adan': adan, 'adahessian': adahessian}
@@ -272,17 +272,17 @@ DIGITS = Task(
 FASHION_TASKS = [
     Task('fashion-vit', 'a small vision transformer on Fashion-MNIST', 'download, 31 MB', 'MIT', 1.1,
          load_fashion, build_fashion_vit, classify, 'accuracy', steps=937, batch_size=128, warmup=94, eval_every=188, clip=1.0,
-         settings=_settings(dict(lr=0.02, weight_decay=0.1), dict(lr=0.1, weight_decay=0.0001), dict(lr=0.002, weight_decay=0.1),
-                            dict(lr=0.01, weight_decay=0.02), _transformer(0.047))),
+         settings=_settings(dict(lr=0.01, weight_decay=0.1), dict(lr=0.1, weight_decay=0.0001), dict(lr=0.003, weight_decay=0.1),
+                            dict(lr=0.02, weight_decay=0.02), _transformer(0.047))),
     Task('fashion-resnet', 'ResNet-20 with half the channels on Fashion-MNIST', 'download, 31 MB', 'MIT', 1.7,
          load_fashion, build_fashion_resnet, classify, 'accuracy', steps=1406, batch_size=128, warmup=70, eval_every=282, clip=None,
-         settings=_settings(dict(lr=0.02, weight_decay=0.01), dict(lr=0.1, weight_decay=0.0005), dict(lr=0.005, weight_decay=0.05),
-                            dict(lr=0.02, weight_decay=0.02), dict(lr=0.15, weight_decay=0.0005)))]
+         settings=_settings(dict(lr=0.03, weight_decay=0.01), dict(lr=0.1, weight_decay=0.0005), dict(lr=0.01, weight_decay=0.05),
+                            dict(lr=0.05, weight_decay=0.02), dict(lr=0.15, weight_decay=0.0005)))]
 
 CIFAR10_TASK = Task(
-    'cifar10-resnet20', "ResNet-20 on CIFAR-10, the AdaHessian paper's recipe", 'download, 170 MB', 'not stated', 600,
+    'cifar10-resnet20', "ResNet-20 on CIFAR-10, the AdaHessian paper's recipe", 'download, 170 MB', 'not stated', 700,
     load_cifar10, build_resnet20, classify, 'accuracy', steps=31250, batch_size=256, warmup=0, eval_every=977, clip=None, milestones=(0.5, 0.75),
-    settings=_settings(dict(lr=0.02, weight_decay=0.01), dict(lr=0.1, weight_decay=0.0005), dict(lr=0.01, weight_decay=0.0005),
+    settings=_settings(dict(lr=0.03, weight_decay=0.01), dict(lr=0.1, weight_decay=0.0005), dict(lr=0.01, weight_decay=0.0005),
                        dict(lr=0.05, weight_decay=0.02), dict(lr=0.15, weight_decay=0.0005)))
 
 # %% ../../nbs/experiments/00_tasks.ipynb #4459cb91
