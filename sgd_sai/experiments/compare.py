@@ -16,8 +16,8 @@ from .tasks import Data, Task, UsageError
 from .train import check_spec, make_spec, train
 from ..style import optimizer_style
 
-# %% ../../nbs/experiments/04_compare.ipynb #6a995d3a
-DEFAULT_OPTIMIZERS = ('sgd_sai', 'sgd_sai_sqrtn', 'sgdm', 'adamw')
+# %% ../../nbs/experiments/04_compare.ipynb #f7b86cb0
+DEFAULT_OPTIMIZERS = ('sgd_sai', 'sgd_sai_sqrtn', 'sgdm', 'adamw', 'adan', 'adahessian')
 
 def plan(
     task:Task, data:Data,
