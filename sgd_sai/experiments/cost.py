@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['allocated_peak', 'step_costs', 'cost_table', 'cost_path']
 
-# %% ../../nbs/experiments/07_cost.ipynb #ff1551fe
-import gc, time
+# %% ../../nbs/experiments/07_cost.ipynb #cfdddb8c
+import gc, os, time
 from pathlib import Path
 from typing import Callable
 
@@ -16,7 +16,7 @@ from .runs import environment
 from .tasks import Data, Task
 from .train import _accelerator, _one_step, _quartiles, batches, build_optimizer, make_spec, state_bytes
 
-# %% ../../nbs/experiments/07_cost.ipynb #7dd9ed2f
+# %% ../../nbs/experiments/07_cost.ipynb #1f9e6ff0
 def allocated_peak(
     f:Callable, # called once
     device:str='cpu', # 'cpu' or 'cuda'
@@ -30,6 +30,7 @@ def allocated_peak(
         f()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+    os.environ.setdefault('KINETO_LOG_LEVEL', '99')                     # the profiler's own messages are for its developers
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as prof: f()
     live = peak = 0
     for event in prof.profiler.kineto_results.events():
@@ -38,7 +39,7 @@ def allocated_peak(
             peak = max(peak, live)
     return peak
 
-# %% ../../nbs/experiments/07_cost.ipynb #1c4a1bfd
+# %% ../../nbs/experiments/07_cost.ipynb #b422f32e
 def step_costs(
     task:Task, data:Data,
     optimizers, # registry names; the first is the one that the others are compared with
@@ -66,6 +67,7 @@ def step_costs(
             step(name, batch)
             times[name].append(time.perf_counter() - begin)
         progress(i + 1, rounds)
+    for inner, *_ in runs.values(): inner.zero_grad()                   # gradients belong to the step that makes them
     peaks = {name: allocated_peak(lambda: step(name, batch), accelerator.device.type) for name in optimizers}
     first = times[optimizers[0]]
     return {'task': task.name, 'batch_size': task.batch_size, 'parameters': sum(p.numel() for p in model.parameters()), 'rounds': rounds,
