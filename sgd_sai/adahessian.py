@@ -17,7 +17,7 @@ from torch import Tensor
 from .base import AveragingOptimizer, average_dtype, check_betas, check_lr, check_range, debias, lr_of
 from .pieces import in_float32, plain
 
-# %% ../nbs/03_adahessian.ipynb #98619e7e
+# %% ../nbs/03_adahessian.ipynb #1fdfb991
 def random_signs(
     like:Tensor, # gives shape, dtype and device
     generator:torch.Generator|None=None, # None: PyTorch's own
@@ -31,7 +31,7 @@ def hutchinson_diagonal(
     n_samples:int=1, # draws to average over; each costs a backward pass
     signs:Callable=random_signs, # from a parameter to a draw of its shape
 ) -> list[Tensor]: # one for each parameter, its shape; signed
-    "An unbiased estimate of the diagonal of the Hessian (arXiv 2006.00719, section 3.2). Frees the graphs. Raises `RuntimeError` when an operation has no second derivative."
+    "An unbiased estimate of the diagonal of the Hessian (arXiv 2006.00719, section 3). Frees the graphs. Raises `RuntimeError` when an operation has no second derivative."
     total = [torch.zeros_like(p, requires_grad=False) for p in params]
     curved = [i for i, g in enumerate(grads) if g.requires_grad]
     for sample in range(n_samples if curved else 0):
@@ -45,14 +45,14 @@ def hutchinson_diagonal(
 _no_second_derivative = ('an operation of this model has no second derivative, which AdaHessian needs. If it is attention, compute the forward pass inside '
                          'torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH): the fused kernels have only a first one')
 
-# %% ../nbs/03_adahessian.ipynb #bf257742
+# %% ../nbs/03_adahessian.ipynb #f66036b6
 def spatial_average(
     diagonal:Tensor, # estimate for one parameter, its shape
     block_size:int=1, # consecutive entries of a matrix that are averaged
     window:bool=True, # average tensors of more than two dimensions over all but the first two
     signed:bool=False, # average before the absolute value is taken, as the paper does
 ) -> Tensor: # non-negative; the shape of the parameter, or with ones for a convolution's window
-    "Absolute curvature, averaged over a convolution's window or over blocks of a matrix (arXiv 2006.00719, equation 10)."
+    "Absolute curvature, averaged over a convolution's window or over blocks of a matrix (arXiv 2006.00719, section 3)."
     D = diagonal if signed else diagonal.abs()
     if D.ndim > 2 and window: D = D.mean(dim=tuple(range(2, D.ndim)), keepdim=True)
     elif D.ndim == 2 and block_size > 1:

@@ -117,10 +117,12 @@ def evaluate(
     total, correct, n = reduce(sums).tolist()
     return {'val_loss': total / n} | ({'accuracy': correct / n} if right is not None else {})
 
-# %% ../../nbs/experiments/02_train.ipynb #da32624e
+# %% ../../nbs/experiments/02_train.ipynb #75a57ad1
 def _accelerator(precision:str, device:str|None):
     "An `Accelerator` for this precision, on the CPU when asked for or when there is nothing else."
     from accelerate import Accelerator, DataLoaderConfiguration
+    from accelerate.state import AcceleratorState
+    AcceleratorState._reset_state()                 # or the first run of a process would decide about the precision of all
     return Accelerator(mixed_precision=precision, cpu=device == 'cpu', dataloader_config=DataLoaderConfiguration(split_batches=True, even_batches=False))
 
 def _summary(task:Task, history:list[dict]) -> dict:

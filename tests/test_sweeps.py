@@ -1,0 +1,226 @@
+"Tasks whose data cannot be had here, on fabricated files of the same form; sweeps, costs, and training with second derivatives."
+import hashlib
+import json
+import os
+import pickle
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from typer.testing import CliRunner
+
+import sgd_sai.experiments.sweep as sweeps
+import sgd_sai.experiments.train as training
+from sgd_sai.experiments.cli import app
+from sgd_sai.experiments.cost import step_costs
+from sgd_sai.experiments.runs import load_runs, run_path
+from sgd_sai.experiments.sweep import Sweep, expand, read_sweep, recorded_runs, run_sweep, sweep_frame
+from sgd_sai.experiments.tasks import Data, UsageError, get_task
+from sgd_sai.experiments.train import batches, epoch_steps, make_spec, schedule, train
+
+SWEEPS = Path(__file__).resolve().parents[1] / "sweeps"
+
+
+def cli(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+# --- data of the same form ------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def fashion(tmp_path):
+    "A folder with 96 + 32 images in the format of Fashion-MNIST."
+    raw, random = tmp_path / "FashionMNIST" / "raw", np.random.default_rng(0)
+    raw.mkdir(parents=True)
+    for part, n in (("train", 96), ("t10k", 32)):
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">IIII", 2051, n, 28, 28) + random.integers(0, 256, n * 784, dtype=np.uint8).tobytes())
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 2049, n) + random.integers(0, 10, n, dtype=np.uint8).tobytes())
+    return tmp_path
+
+
+@pytest.fixture
+def cifar(tmp_path, monkeypatch):
+    "A folder with 500 + 100 images in the format of CIFAR-10, whose checksums torchvision is told."
+    folder, random = tmp_path / "cifar-10-batches-py", np.random.default_rng(0)
+    folder.mkdir()
+
+    def put(name, content):
+        (folder / name).write_bytes(pickle.dumps(content))
+        return [name, hashlib.md5((folder / name).read_bytes()).hexdigest()]
+
+    def batch():
+        return {"data": random.integers(0, 256, (100, 3072), dtype=np.uint8), "labels": random.integers(0, 10, 100).tolist()}
+
+    CIFAR10 = torchvision.datasets.CIFAR10
+    monkeypatch.setattr(CIFAR10, "train_list", [put(f"data_batch_{i}", batch()) for i in range(1, 6)])
+    monkeypatch.setattr(CIFAR10, "test_list", [put("test_batch", batch())])
+    name, md5 = put("batches.meta", {"label_names": list("abcdefghij")})
+    monkeypatch.setattr(CIFAR10, "meta", {"filename": name, "key": "label_names", "md5": md5})
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", ["fashion-vit", "fashion-resnet"])
+def test_fashion_tasks_load_and_train_with_every_kind_of_step(fashion, name):
+    task = get_task(name)
+    data = task.load(fashion)
+    assert (len(data.train), len(data.val)) == (96, 32) and data.train[0][0].shape == (1, 28, 28)
+    for optimizer in ("sgd_sai", "adan", "adahessian"):
+        run = train(task, data, make_spec(task, data, optimizer, steps=3, batch_size=32), device="cpu")
+        assert run["status"] == "finished" and len(run["history"]) > 1
+
+
+def test_cifar_recipe_loads_crops_and_steps_down(cifar):
+    task = get_task("cifar10-resnet20")
+    data = task.load(cifar)
+    assert (len(data.train), len(data.val)) == (500, 100)
+    assert epoch_steps(Data(range(50_000), [], {}, ""), 160, 256) == task.steps == 31250
+    assert [schedule(s, task.steps, 0, milestones=task.milestones) for s in (0, 15624, 15625, 23437, 23438)] == pytest.approx([1, 1, 0.1, 0.1, 0.01])
+    assert any(not torch.equal(data.train[0][0], data.train[0][0]) for _ in range(5)) and torch.equal(data.val[0][0], data.val[0][0])
+    spec = make_spec(task, data, "sgdm", steps=4, batch_size=32)
+    first, second = batches(task, data, spec), batches(task, data, spec)
+    for _ in range(3):
+        x, y = next(first)
+        torch.rand(3)  # an optimizer that draws numbers must not change the pictures
+        again = next(second)
+        assert torch.equal(x, again[0]) and torch.equal(y, again[1])
+    run = train(task, data, make_spec(task, data, "adahessian", steps=2, batch_size=32), device="cpu")
+    assert run["status"] == "finished" and run["parameters"] == 272_474
+
+
+@pytest.mark.parametrize("name, file", [("fashion-vit", "train-images-idx3-ubyte"), ("cifar10-resnet20", "data_batch_1")])
+def test_missing_torchvision_data_says_which_files_and_where(tmp_path, monkeypatch, name, file):
+    def offline(*args, **kwargs):
+        raise OSError("no network")
+
+    monkeypatch.setattr(torchvision.datasets.mnist, "download_and_extract_archive", offline)
+    monkeypatch.setattr(torchvision.datasets.cifar, "download_and_extract_archive", offline)
+    with pytest.raises(FileNotFoundError, match=file) as error:
+        get_task(name).load(tmp_path)
+    assert str(tmp_path.resolve()) in str(error.value) and "--data" in str(error.value)
+
+
+# --- sweeps -----------------------------------------------------------------------------------------------------------
+
+SMALL = dict(task="digits-vit", optimizers=["sgd_sai", "adamw"], seeds=1, steps=3, batch_size=[32, 64])
+
+
+@pytest.mark.parametrize("path", sorted(SWEEPS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_sweeps_of_this_repository_can_be_read_and_expanded(path):
+    specs = expand(read_sweep(path), Data(range(1438 if "digits" in path.read_text() else 60_000), [], {}, ""))
+    assert len(specs) == len({spec.key for spec in specs}) > 1
+
+
+def test_lr_follows_the_rule():
+    data = Data(range(60_000), [], {}, "")
+    for rule, power in (("none", 0), ("sqrt", 0.5), ("linear", 1)):
+        sweep = Sweep("fashion-vit", ["adan"], seeds=1, epochs=1, batch_size=[32, 128, 512], lr_rule=rule, grid={"adan": {"lr": 0.01}})
+        found = {spec.batch_size: (spec.hyperparameters["lr"], spec.steps) for spec in expand(sweep, data)}
+        assert found == {size: (pytest.approx(0.01 * (size / 128) ** power, rel=1e-5), 60_000 // size) for size in (32, 128, 512)}
+
+
+def test_failed_run_is_one_line_and_the_others_are_trained(tmp_path, monkeypatch):
+    def failing(task, data, spec, device):
+        if spec.optimizer == "adamw" and spec.batch_size == 64:
+            raise RuntimeError("the disk\nis on fire")
+        return train(task, data, spec, device)
+
+    monkeypatch.setattr(sweeps, "train", failing)
+    file = tmp_path / "small.yaml"
+    file.write_text(json.dumps(SMALL))  # JSON is YAML
+    done = cli("sweep", file, "--out", tmp_path / "runs", "--device", "cpu")
+    lines = [line for line in done.output.splitlines() if "FAILED" in line]
+    assert done.exit_code == 1 and len(lines) == 1 and "RuntimeError: the disk is on fire" in lines[0] and "AdamW" in lines[0]
+    assert len(load_runs(tmp_path / "runs")) == 3
+    with pytest.raises(FileNotFoundError, match="1 of 4 runs"):
+        recorded_runs(file, tmp_path / "runs", items=1438)
+    monkeypatch.undo()
+    done = cli("sweep", file, "--out", tmp_path / "runs", "--device", "cpu")
+    assert done.exit_code == 0 and "4, of which 1 trained now" in done.output
+    frame = sweep_frame(get_task("digits-vit"), recorded_runs(file, tmp_path / "runs", items=1438))
+    assert len(frame) == 4 and frame.final.notna().all()
+
+
+def test_killed_sweep_goes_on_with_workers(tmp_path):
+    file = tmp_path / "small.yaml"
+    file.write_text(json.dumps({**SMALL, "seeds": 2, "steps": 12}))
+    command = [sys.executable, "-m", "sgd_sai", "sweep", str(file), "--out", str(tmp_path), "--workers", "2", "--device", "cpu"]
+    process = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while not (done := list(tmp_path.glob("digits-vit/*.json"))) and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    finished = {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("digits-vit/*.json")}
+    assert done and len(finished) < 8
+    made = run_sweep(read_sweep(file), tmp_path, device="cpu")
+    assert len(made["runs"]) == 8 and made["trained"] == 8 - len(finished) and not made["failures"]
+    assert all((tmp_path / "digits-vit" / name).stat().st_mtime_ns == when for name, when in finished.items())
+
+
+# --- second derivatives -------------------------------------------------------------------------------------------------
+
+
+def test_curvature_that_is_not_finite_is_divergence(monkeypatch):
+    task = get_task("digits-vit")
+    data = task.load()
+
+    def not_finite(*args):
+        raise FloatingPointError("the curvature of x is not finite")
+
+    monkeypatch.setattr("sgd_sai.adahessian._curvature", not_finite)
+    run = train(task, data, make_spec(task, data, "adahessian", steps=3), device="cpu")
+    assert run["status"] == "diverged" and run["final"] == {}
+
+
+def test_second_derivatives_in_half_precision_are_refused_before_training(tmp_path):
+    done = cli("compare", "--optimizers", "sgdm,adahessian", "--precision", "fp16", "--out", tmp_path)
+    assert done.exit_code == 2 and "bf16" in done.output and not load_runs(tmp_path)
+
+
+def test_second_derivatives_in_bfloat16_train():
+    task = get_task("digits-vit")
+    data = task.load()
+    run = train(task, data, make_spec(task, data, "adahessian", steps=4, precision="bf16"), device="cpu")
+    assert run["status"] == "finished"
+
+
+def test_graph_is_kept_for_those_who_need_it_and_for_nobody_else(monkeypatch):
+    task, seen = get_task("digits-vit"), {}
+    data = task.load()
+    original = training._one_step
+
+    def watched(task, accelerator, model, opt, batch, clip, graph):
+        seen.setdefault(type(opt.optimizer).__name__, []).append(graph)
+        return original(task, accelerator, model, opt, batch, clip, graph)
+
+    monkeypatch.setattr(training, "_one_step", watched)
+    for name, changes in (("adamw", {}), ("adahessian", {"update_period": 3})):
+        train(task, data, make_spec(task, data, name, steps=5, **changes), device="cpu")
+    assert seen == {"AdamW": [False] * 5, "AdaHessian": [True, False, False, True, False]}
+
+
+def test_cost_of_a_step_counts_the_graph():
+    task = get_task("digits-vit")
+    record = step_costs(task, task.load(), ["sgdm", "adamw", "adahessian"], rounds=3, device="cpu")
+    cost = record["optimizers"]
+    assert cost["sgdm"]["ratio"] == {"median": 1, "low": 1, "high": 1} and cost["adahessian"]["ratio"]["median"] > 1.3
+    assert cost["adahessian"]["peak_bytes"] > 1.5 * cost["sgdm"]["peak_bytes"] > 4 * record["parameters"]
+    assert cost["adamw"]["state_bytes"] > 1.9 * cost["sgdm"]["state_bytes"]
+
+
+def test_unknown_keys_of_a_sweep_are_named(tmp_path):
+    file = tmp_path / "wrong.yaml"
+    file.write_text("task: digits-vit\noptimizers: [adamw]\nepoch: 3\n")
+    with pytest.raises(UsageError, match="did you mean epochs"):
+        read_sweep(file)
+    done = cli("sweep", file, "--out", tmp_path)
+    assert done.exit_code == 2 and "did you mean epochs" in " ".join(done.output.split())
+    assert not run_path(tmp_path, make_spec(get_task("digits-vit"), Data(range(100), [], {}, ""), "adamw")).exists()
