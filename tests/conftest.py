@@ -24,3 +24,20 @@ def pytest_collection_modifyitems(config, items):
     if only_gpu and not cuda_available():
         for item in only_gpu:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture
+def seeded():
+    import torch
+
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def kernels_for_small_tensors_too(monkeypatch):
+    "Leave the shortcut for small tensors to very small ones, so that the other implementations see the models of the tests."
+    import sgd_sai.adan
+    import sgd_sai.optimizer
+
+    for module in (sgd_sai.adan, sgd_sai.optimizer):
+        monkeypatch.setattr(module, "SMALL", 4)

@@ -3,11 +3,11 @@
 "Equal to 1e-6" means, tensor by tensor, max|p - q| <= 1e-6 max|q|, where q is computed by the other code in float64 from the same float32 gradients: in float32
 its own rounding over twenty steps is of that size.
 """
-import gc
 import io
 
 import pytest
 import torch
+from common import LAYOUTS, ConvNet, TransformerBlock, assert_same_path, peak_of_new_memory, recorded_gradients, same_start, train
 from torch import nn
 from torch.optim import SGD
 from torch.optim.sgd import sgd
@@ -18,7 +18,7 @@ from sgd_sai.optimizer import SGD_sai, SGDSaI
 from sgd_sai.peers import authors_sgd_sai
 from sgd_sai.pieces import WIDE
 
-STEPS, TOLERANCE = 20, 1e-6
+pytestmark = pytest.mark.usefixtures("kernels_for_small_tensors_too")
 SETTINGS = dict(lr=1e-2, momentum=0.9, weight_decay=0.05)
 OURS = {
     "forloop": lambda params, **kw: SGDSaI(params, **kw, foreach=False, fused=False),
@@ -31,85 +31,15 @@ OURS = {
 each_of_ours = pytest.mark.parametrize("ours", OURS.values(), ids=OURS)
 
 
-@pytest.fixture(autouse=True)
-def fused_kernel_for_small_tensors_too(monkeypatch):
-    "Leave the shortcut for small tensors to very small ones, so that the fused kernel sees the models of these tests."
-    monkeypatch.setattr(sgd_sai.optimizer, "SMALL", 4)
-
-
-class ConvNet(nn.Sequential):
-    "Convolutions with and without bias, batch norm, a linear layer: 10 classes from 12x12 pictures."
-
-    def __init__(self):
-        super().__init__(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.GELU(), nn.Conv2d(8, 16, 3, stride=2), nn.GELU(),
-                         nn.Flatten(), nn.Linear(256, 10))
-
-    @staticmethod
-    def batch():
-        return torch.randn(8, 3, 12, 12), torch.randint(10, (8,))
-
-
-class TransformerBlock(nn.Module):
-    "Embedding, one pre-norm block with two heads, a head that predicts the token itself."
-
-    def __init__(self):
-        super().__init__()
-        self.embed = nn.Embedding(20, 16)
-        self.block = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, activation="gelu", batch_first=True, norm_first=True)
-        self.head = nn.Linear(16, 20)
-
-    def forward(self, x):
-        return self.head(self.block(self.embed(x))).transpose(1, 2)
-
-    @staticmethod
-    def batch():
-        return torch.randint(20, (4, 12)), torch.randint(20, (4, 12))
-
-
-def same_start(model_class):
-    torch.manual_seed(0)
-    return model_class()
-
-
 @pytest.fixture(params=[ConvNet, TransformerBlock])
 def task(request):
-    "A model class and the gradients of 20 steps of training it: the same for all, since a model that trains itself would amplify the rounding of its processor."
-    torch.manual_seed(1)
-    batches = [request.param.batch() for _ in range(STEPS)]
-    model, grads = same_start(request.param), []
-    opt = SGD(model.parameters(), lr=0.1)
-    for x, y in batches:
-        opt.zero_grad()
-        nn.functional.cross_entropy(model(x), y).backward()
-        grads.append([p.grad.clone() for p in model.parameters()])
-        opt.step()
-    return request.param, grads
+    "A model class and the gradients of 20 steps of training it."
+    return request.param, recorded_gradients(request.param)
 
 
 @pytest.fixture(scope="module")
 def Authors():
     return authors_sgd_sai()
-
-
-def train(model, step, grads):
-    "The parameters after each step."
-    path = []
-    for given in grads:
-        for p, g in zip(model.parameters(), given):
-            p.grad = g.to(p.dtype, copy=True)
-        step()
-        path.append({name: p.detach().clone() for name, p in model.named_parameters()})
-    return path
-
-
-def assert_same_path(mine, theirs):
-    assert len(mine) == len(theirs)
-    for t, (p, q) in enumerate(zip(mine, theirs)):
-        for name in q:
-            off = (p[name].double() - q[name]).abs().max() / q[name].abs().max()
-            assert off <= TOLERANCE, f"step {t}, {name}: off by {off:.1e}"
-    for name in theirs[0]:
-        assert (theirs[-1][name] - theirs[0][name]).abs().max() > 1e3 * TOLERANCE * theirs[-1][name].abs().max()  # something happened
 
 
 @each_of_ours
@@ -296,19 +226,6 @@ def test_gradients_are_left_alone(dtype, kw):
                                                                                 torch.view_as_real(value) if dtype.is_complex else value)
 
 
-def peak_of_new_memory(f):
-    "Largest number of bytes that lived at once among those allocated while `f` ran, as the CPU allocator reports them."
-    gc.collect()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as prof:
-        f()
-    live = peak = 0
-    for event in prof.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            peak = max(peak, live)
-    return peak
-
-
 def test_memory_is_measured():
     x = torch.zeros(1 << 20)
     assert peak_of_new_memory(lambda: x.mul_(2)) < 1e4
@@ -327,14 +244,6 @@ def test_step_allocates_nothing_of_parameter_size(dtype, kw):
     opt = SGDSaI([p], **kw)
     opt.step()
     assert p.numel() == ENTRIES and peak_of_new_memory(opt.step) <= BUDGET
-
-
-LAYOUTS = {
-    "channels_last": (lambda t: t.contiguous(memory_format=torch.channels_last), lambda t: t.contiguous(memory_format=torch.channels_last)),
-    "transposed": (lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),) * 2,
-    "gradient laid out otherwise": (lambda t: t, lambda t: t.contiguous(memory_format=torch.channels_last)),
-    "with gaps": (lambda t: torch.stack([t, t], -1)[..., 0], lambda t: t),
-}
 
 
 @pytest.mark.parametrize("implementation", ["forloop", "foreach", "fused"])

@@ -3,21 +3,19 @@
 Where the authors' own class can show the defect in a few lines, the test shows it first (their wheel is fetched once with pip and cached).
 """
 import copy
-import io
 import math
-import pickle
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from common import each_travel, noise, on_two_processes, param, steps, twin
 from torch import nn
 
-import sgd_sai.optimizer
 from sgd_sai.gsnr import gsnr
 from sgd_sai.optimizer import SGD_sai, SGDSaI
 from sgd_sai.peers import authors_sgd_sai
 
+pytestmark = pytest.mark.usefixtures("seeded", "kernels_for_small_tensors_too")
 IMPLEMENTATIONS = {"forloop": dict(foreach=False, fused=False), "foreach": dict(foreach=True), "fused": dict(fused=True), "default": {}}
 each_implementation = pytest.mark.parametrize("flags", IMPLEMENTATIONS.values(), ids=IMPLEMENTATIONS)
 
@@ -25,37 +23,6 @@ each_implementation = pytest.mark.parametrize("flags", IMPLEMENTATIONS.values(),
 @pytest.fixture(scope="module")
 def Authors():
     return authors_sgd_sai()
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
-@pytest.fixture(autouse=True)
-def fused_kernel_for_small_tensors_too(monkeypatch):
-    "Leave the shortcut for small tensors to very small ones, so that the fused kernel sees the models of these tests."
-    monkeypatch.setattr(sgd_sai.optimizer, "SMALL", 4)
-
-
-def param(*shape, dtype=torch.float32):
-    return nn.Parameter(torch.randn(shape).to(dtype))
-
-
-def twin(p):
-    return nn.Parameter(p.detach().clone())
-
-
-def steps(opt, params, *grads):
-    "One step for each item of `grads`, which is a list with a gradient, or None, for every parameter."
-    for gs in grads:
-        for p, g in zip(params, gs, strict=True):
-            p.grad = None if g is None else g.clone()
-        opt.step()
-
-
-def noise(p, n, scale=1.0):
-    return [torch.randn(p.shape).to(p.dtype) * scale for _ in range(n)]
 
 
 @each_implementation
@@ -245,28 +212,7 @@ def test_defect_06_closure_is_evaluated_once(Authors):
     assert opt.warmup_step(closure).item() == 1 and calls == [True]
 
 
-def through_pickle(opt, params):
-    "A copy of optimizer and parameters, as from a process that was saved with pickle and started again."
-    return pickle.loads(pickle.dumps((opt, params)))
-
-
-def through_deepcopy(opt, params):
-    return copy.deepcopy((opt, params))
-
-
-def through_state_dict(opt, params):
-    file = io.BytesIO()
-    torch.save({"params": [p.detach() for p in params], "opt": opt.state_dict()}, file)
-    file.seek(0)
-    saved = torch.load(file, weights_only=True)
-    params = [nn.Parameter(p) for p in saved["params"]]
-    groups = [{"params": [params[i] for i in group["params"]]} for group in saved["opt"]["param_groups"]]
-    new = type(opt)(groups)
-    new.load_state_dict(saved["opt"])
-    return new, params
-
-
-@pytest.mark.parametrize("travel", [through_pickle, through_deepcopy, through_state_dict])
+@each_travel
 @each_implementation
 def test_defect_07_resume_keeps_the_measured_scales(Authors, flags, travel):
     start = [param(4, 3), param(5), param(2, 2)]
@@ -404,18 +350,7 @@ def test_defect_10_sharded_gradient_has_another_scale(tmp_path):
         assert G == pytest.approx([gsnr(g).item() / math.sqrt(k)] * k, rel=0.02)  # so a shard must not be measured as if it were the tensor
 
     # a DTensor knows the tensor that its shard belongs to: the scale is that of the whole, and the same on every rank
-    context = mp.spawn(on_two_ranks, (str(tmp_path / "store"), str(tmp_path / "out")), nprocs=2, join=False)
-    try:
-        for _ in range(120):
-            if context.join(timeout=1):
-                break
-        else:
-            pytest.fail("two processes with gloo did not come to an end in two minutes")
-    finally:
-        for process in context.processes:
-            if process.is_alive():
-                process.kill()
-    results = [torch.load(f"{tmp_path / 'out'}.{rank}") for rank in range(2)]
+    results = on_two_processes(on_two_ranks, tmp_path)
     start, grads, _ = results[0]
     whole = {name: nn.Parameter(value.clone()) for name, value in start.items()}
     opt = SGDSaI(whole.items(), lr=0.05)

@@ -16,10 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-import sgd_sai.optimizer
 from sgd_sai.gsnr import gsnr
 from sgd_sai.optimizer import SGDSaI, sgd_sai_reference
 
+pytestmark = pytest.mark.usefixtures("kernels_for_small_tensors_too")
 WIDE = {torch.float32: torch.float64, torch.float64: torch.float64, torch.bfloat16: torch.float64, torch.complex64: torch.complex128}
 ROUNDING = {torch.float32: 2.0**-24, torch.float64: 2.0**-53, torch.bfloat16: 2.0**-8, torch.complex64: 2.0**-24}
 IMPLEMENTATIONS = {"forloop": (False, False), "foreach": (True, False), "fused": (False, True), "default": (None, None)}
@@ -28,12 +28,6 @@ shapes = st.lists(st.sampled_from([0, 1, 2, 3, 5, 8]), min_size=0, max_size=4).m
 layouts = st.sampled_from(["contiguous", "transposed", "channels_last", "gaps"])
 gradients = st.sampled_from(["noise", "noise", "noise", "tiny", "huge", "constant", "zero", "none"])
 travels = st.sampled_from(["stay"] * 4 + ["pickle", "deepcopy", "state_dict", "file"])
-
-
-@pytest.fixture(autouse=True)
-def fused_kernel_for_small_tensors_too(monkeypatch):
-    "Leave the shortcut for small tensors to very small ones, so that the fused kernel sees the models of these tests."
-    monkeypatch.setattr(sgd_sai.optimizer, "SMALL", 4)
 
 
 def laid_out(value, layout):

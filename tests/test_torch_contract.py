@@ -116,23 +116,13 @@ COMMON = dict(
 INFO = OptimizerInfo(SGDSaI, optim_inputs_func=optim_inputs, supported_impls=("foreach", "differentiable", "fused"), **COMMON)
 CAPTURABLE = OptimizerInfo(SGDSaI, optim_inputs_func=capturable_inputs, supported_impls=("foreach", "differentiable"), **COMMON)
 
+pytestmark = pytest.mark.usefixtures("seeded", "kernels_for_small_tensors_too")
 CHECK = TestCase()  # for assertEqual, with PyTorch's tolerances
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 TWO_GPUS = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="only one GPU")]
 each_device = pytest.mark.parametrize("device", ["cpu", CUDA])
 only_cuda = pytest.mark.parametrize("device", [CUDA])
 only_cpu = pytest.mark.parametrize("device", ["cpu"])
-
-
-@pytest.fixture(autouse=True)
-def seeded():
-    torch.manual_seed(0)
-
-
-@pytest.fixture(autouse=True)
-def fused_kernel_for_small_tensors_too(monkeypatch):
-    "Leave the shortcut for small tensors to very small ones, so that the fused kernel sees the models of these tests."
-    monkeypatch.setattr(sgd_sai.optimizer, "SMALL", 4)
 
 
 def plain_inputs(device):
