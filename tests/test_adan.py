@@ -11,6 +11,7 @@ import warnings
 import pytest
 import torch
 import torch._dynamo.testing
+import torch.distributed as dist
 from common import (
     LAYOUTS,
     ConvNet,
@@ -442,6 +443,31 @@ def test_resume_in_the_middle_equals_the_straight_run(travel, flags, dtype):
     steps(new, halves, *grads[7:])
     assert kept[0]["step"] < 7 and new.state[halves[4]]["step"] == 12 and new.state.get(halves[0], {}).get("step", 0) < 5  # a restart before, and one after
     assert all(torch.equal(a, b) for a, b in zip(straight, halves))
+
+
+@pytest.fixture(scope="module")
+def mesh(tmp_path_factory):
+    "Of one process: what matters here is the type of the tensors."
+    from torch.distributed.device_mesh import init_device_mesh
+
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path_factory.mktemp('mesh') / 'store'}", rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("kw", [{}, dict(foreach=True), dict(capturable=True, no_prox=True), dict(restart_radius=0.05)], ids=str)
+def test_sharded_tensors(mesh, kw):
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+
+    start, grads = param(4, 3), [torch.randn(4, 3) for _ in range(6)]
+    whole, sharded = twin(start), nn.Parameter(distribute_tensor(start.detach().clone(), mesh, [Shard(0)]))
+    opt, other = Adan([whole], weight_decay=0.1, **kw), Adan([sharded], weight_decay=0.1, **kw)
+    for g in grads:
+        whole.grad, sharded.grad = g.clone(), distribute_tensor(g.clone(), mesh, [Shard(0)])
+        opt.step(), other.step()
+        assert (whole in opt.state) == (sharded in other.state)
+    torch.testing.assert_close(sharded.full_tensor().detach(), whole.detach(), rtol=1e-6, atol=1e-7)
+    assert all(isinstance(other.state[sharded][key], DTensor) for key in ("exp_avg", "neg_pre_grad") if sharded in other.state)
 
 
 def from_file(opt):

@@ -1,8 +1,8 @@
-"""SGDSaI against the equations, on generated runs: any shapes, dtypes and memory layouts; parameters that come, go and start with zero gradients;
+"""SGDSaI and Adan against the equations, on generated runs: any shapes, dtypes and memory layouts; parameters that come, go and start with zero gradients;
 changing rates and implementations; optimizers that are saved, pickled and loaded in the middle.
 
-Before each step the model of the run takes over the optimizer's own parameters and momentum, so that one step is compared at a time, to a rounding
-or two; the scales it keeps to itself from the first usable gradient on, so that a lost or re-measured scale shows.
+Before each step the model of the run takes over the optimizer's own parameters and averages, so that one step is compared at a time, to a rounding
+or two; the scales and clocks it keeps to itself from the first usable gradient on, so that a lost or re-measured scale, or a clock of others, shows.
 """
 import copy
 import io
@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from sgd_sai.adan import Adan, adan_reference
 from sgd_sai.gsnr import gsnr
 from sgd_sai.optimizer import SGDSaI, sgd_sai_reference
 
@@ -67,7 +68,7 @@ def runs(draw):
                            joins=draw(st.integers(0, n - 1)), steps=draw(st.lists(step, min_size=3, max_size=7)), seed=draw(st.integers(0, 2**31)))
 
 
-def travelled(opt, params, how, groups):
+def travelled(opt, params, how):
     "The same optimizer and parameters after a journey."
     if how == "pickle":
         return pickle.loads(pickle.dumps((opt, params)))
@@ -82,10 +83,20 @@ def travelled(opt, params, how, groups):
             saved = torch.load(file, weights_only=True)
         position = {p: i for i, p in enumerate(params)}
         params = [nn.Parameter(p.detach().clone(memory_format=torch.preserve_format)) for p in params]
-        new = SGDSaI([{"params": [params[position[p]] for p in group["params"]]} for group in opt.param_groups])
+        new = type(opt)([{"params": [params[position[p]] for p in group["params"]]} for group in opt.param_groups])
         new.load_state_dict(saved)
         return new, params
     return opt, params
+
+
+def assert_same_states(opt, params, before):
+    "To the last bit, and of the same type."
+    for p, old in zip(params, before):
+        new = opt.state.get(p, {})
+        assert new.keys() == old.keys()
+        for key in old:
+            assert type(new[key]) is type(old[key])
+            assert torch.equal(new[key], old[key]) and new[key].dtype == old[key].dtype if isinstance(old[key], torch.Tensor) else new[key] == old[key]
 
 
 def scale_of(g, group):
@@ -166,13 +177,8 @@ def check_runs(run):
         if t == 2 and late is not None:
             opt.add_param_group({"params": [p for p, k in zip(params, run.group_of) if k == late], **run.groups[late]})
         before = [{k: copy.deepcopy(v) for k, v in opt.state.get(p, {}).items()} for p in params]
-        opt, params = travelled(opt, params, step["travel"], run.groups)
-        for p, old in zip(params, before):
-            new = opt.state.get(p, {})
-            assert new.keys() == old.keys()
-            for key in old:  # to the last bit, and of the same type
-                assert type(new[key]) is type(old[key])
-                assert torch.equal(new[key], old[key]) and new[key].dtype == old[key].dtype if isinstance(old[key], torch.Tensor) else new[key] == old[key]
+        opt, params = travelled(opt, params, step["travel"])
+        assert_same_states(opt, params, before)
         for group in opt.param_groups:
             group["lr"] *= step["factor"] or 1.0
             foreach, fused = IMPLEMENTATIONS[step["implementation"]]
@@ -257,3 +263,115 @@ def test_float64_parameters_stay_float64_beside_a_narrower_momentum(state_dtype)
     p.grad = torch.tensor([1.0, 2.0, -1.0], dtype=torch.float64)
     SGDSaI([p], lr=0.0, state_dtype=state_dtype).step()
     assert torch.equal(p, torch.full((3,), 1 + 1e-12, dtype=torch.float64))
+
+
+@st.composite
+def adan_runs(draw):
+    "As above, with Adan's hyperparameters."
+    params = draw(st.lists(st.tuples(shapes, st.sampled_from(list(WIDE)), layouts), min_size=1, max_size=4))
+    n = draw(st.integers(1, len(params)))
+    group = st.fixed_dictionaries(dict(
+        lr=st.sampled_from([1e-3, 0.02]), betas=st.sampled_from([(0.98, 0.92, 0.99), (0.9, 0.5, 0.8), (0.0, 0.9, 0.5), (0.5, 0.0, 0.9)]),
+        eps=st.sampled_from([1e-8, 1e-3]), weight_decay=st.sampled_from([0.0, 0.3]), no_prox=st.booleans(), maximize=st.booleans(), capturable=st.booleans(),
+        state_dtype=st.sampled_from([None, None, torch.float32, torch.bfloat16])))
+    step = st.fixed_dictionaries(dict(
+        grads=st.lists(gradients, min_size=len(params), max_size=len(params)), grad_layouts=st.lists(layouts, min_size=len(params), max_size=len(params)),
+        foreach=st.sampled_from([False, True, None]), factor=st.sampled_from([1.0, 1.0, 0.5, 2.0, 0.0]), travel=travels))
+    return SimpleNamespace(params=params, group_of=[draw(st.integers(0, n - 1)) for _ in params], groups=[draw(group) for _ in range(n)],
+                           joins=draw(st.integers(0, n - 1)), steps=draw(st.lists(step, min_size=3, max_size=6)), seed=draw(st.integers(0, 2**31)))
+
+
+AVERAGES = "exp_avg", "exp_avg_diff", "exp_avg_sq"
+
+
+def parts(t):
+    "In double precision, real: a copy."
+    t = wide(t)
+    return torch.view_as_real(t).clone() if t.is_complex() else t
+
+
+def one_adan_step(opt, params, clocks, fresh, grads):
+    """One step of `opt`, compared with the reference; `clocks` count the gradients of each parameter, and `fresh` holds those whose last step had none."""
+    group_of = {p: group for group in opt.param_groups for p in group["params"]}
+    before, old = [parts(p) for p in params], [{key: value.clone() for key, value in opt.state.get(p, {}).items()} for p in params]
+    for p, g in zip(params, grads):
+        p.grad = g
+    opt.step()
+
+    for i, (p, g) in enumerate(zip(params, grads)):
+        group, state = group_of.get(p), opt.state.get(p, {})
+        if group is None or g is None:
+            fresh.add(i)
+            assert torch.equal(parts(p), before[i]) and state.keys() == old[i].keys() - {"neg_pre_grad"}
+            assert all(torch.equal(state[key], old[i][key]) for key in state)
+            continue
+        clocks[i] = clocks.get(i, 0) + 1
+        taken = {"step": clocks[i] - 1} if clocks[i] > 1 else {}
+        taken |= {key: parts(old[i][key]) for key in AVERAGES if clocks[i] > 1}
+        if clocks[i] > 1 and i not in fresh:
+            taken["neg_pre_grad"] = parts(old[i]["neg_pre_grad"])
+        fresh.discard(i)
+        g, last = parts(g), taken.get("neg_pre_grad")
+        m0, v0, n0 = (taken.get(key, torch.zeros_like(g)) for key in AVERAGES)
+        expected = adan_reference(before[i], g, taken, **{key: group[key] for key in ("lr", "betas", "eps", "weight_decay", "no_prox", "maximize")})
+        assert float(state["step"]) == clocks[i]
+        kept_in = p.dtype if group["state_dtype"] is None or p.is_complex() else group["state_dtype"]
+        computed = ROUNDING[torch.float32] if p.dtype in (torch.bfloat16, torch.complex64) else ROUNDING[p.dtype]
+
+        change = g.abs() + (last.abs() if last is not None else g.abs())  # what the difference is made of
+        narrow = ROUNDING[kept_in] * g.abs() if last is None and ROUNDING[kept_in] > computed else 0.0  # g - g is not 0 where one of them has been stored
+        errors = [6 * computed * (m0.abs() + g.abs()), 6 * computed * (v0.abs() + change) + narrow, 6 * computed * (n0 + (g.abs() + change) ** 2) + 4 * narrow * g.abs()]
+        for key, error in zip(AVERAGES, errors):
+            assert state[key].dtype == kept_in and state[key].shape == p.shape
+            assert ((parts(state[key]) - taken[key]).abs() <= error + 2 * ROUNDING[kept_in] * taken[key].abs() + 1e-37).all(), key
+        assert torch.equal(state["neg_pre_grad"], (-grads[i]).to(kept_in))
+
+        c1, c2, c3 = (1 - beta ** clocks[i] for beta in group["betas"])
+        root = (taken["exp_avg_sq"] / c3).sqrt() + group["eps"]
+        m, v = taken["exp_avg"].abs() / c1, group["betas"][1] * taken["exp_avg_diff"].abs() / c2
+        of_root = (errors[2] / taken["exp_avg_sq"].clamp_min(1e-300)).clamp_max(1.0)  # relative; an average of nothing but rounding is no matter beside eps
+        u = (errors[0] / c1 + group["betas"][1] * errors[1] / c2 + (m + v) * (of_root + (1e-6 if group["capturable"] else 10 * computed))) / root
+        bound = group["lr"] * u + 4 * computed * before[i].abs() + 2 * ROUNDING[p.dtype] * (before[i].abs() + group["lr"] * (m + v) / root) + 1e-37
+        assert ((parts(p) - expected).abs() <= bound).all(), (i, p.dtype, (parts(p) - expected).abs().max(), bound.min())
+
+
+ADAN_COUNT = {"examples": 0, "steps": 0, "moved": 0}
+
+
+@settings(max_examples=120, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@given(run=adan_runs())
+def check_adan_runs(run):
+    generator = torch.Generator().manual_seed(run.seed)
+    params = [nn.Parameter(laid_out(torch.randn(shape, dtype=WIDE[dtype], generator=generator).to(dtype), layout)) for shape, dtype, layout in run.params]
+    members = [[p for p, k in zip(params, run.group_of) if k == i] for i in range(len(run.groups))]
+    late = run.joins if run.joins and members[run.joins] else None  # this group joins at the third step
+    opt = Adan([{"params": ps, **group} for i, (ps, group) in enumerate(zip(members, run.groups)) if i != late and ps] or [{"params": []}])
+    clocks, fresh = {}, set()
+    for t, step in enumerate(run.steps):
+        if t == 2 and late is not None:
+            opt.add_param_group({"params": [p for p, k in zip(params, run.group_of) if k == late], **run.groups[late]})
+        before = [{k: copy.deepcopy(v) for k, v in opt.state.get(p, {}).items()} for p in params]
+        opt, params = travelled(opt, params, step["travel"])
+        assert_same_states(opt, params, before)
+        for group in opt.param_groups:
+            group["lr"] *= step["factor"] or 1.0
+            group["foreach"] = step["foreach"]
+        kept, start = [group["lr"] for group in opt.param_groups], [p.detach().clone() for p in params]
+        if step["factor"] == 0:  # a rate of zero changes nothing, but the averages go on
+            for group in opt.param_groups:
+                group["lr"] = 0.0
+        grads = [gradient(p, kind, generator) for p, kind in zip(params, step["grads"])]
+        one_adan_step(opt, params, clocks, fresh, [None if g is None else laid_out(g, layout) for g, layout in zip(grads, step["grad_layouts"])])
+        moved = any(not torch.equal(p, q) for p, q in zip(params, start))
+        assert not moved or step["factor"]
+        ADAN_COUNT["steps"] += 1
+        ADAN_COUNT["moved"] += moved
+        for group, lr in zip(opt.param_groups, kept):
+            group["lr"] = lr
+    ADAN_COUNT["examples"] += 1
+
+
+def test_generated_runs_of_adan_follow_the_equations():
+    torch.set_num_threads(1)
+    check_adan_runs()
+    assert ADAN_COUNT["examples"] >= 100 and ADAN_COUNT["moved"] >= 0.5 * ADAN_COUNT["steps"] > 150

@@ -1,36 +1,65 @@
-'''PyTorch's own optimizer checks, for SGDSaI: the test names of its test/test_optim.py (TestOptimRenewed) and of its differentiable-optimizer tests,
-the inputs of torch.testing._internal.common_optimizers. Each check runs on the CPU, and on CUDA where there is one.
+'''PyTorch's own optimizer checks, for SGDSaI, Adan and AdaHessian: the test names of its test/test_optim.py (TestOptimRenewed) and of its differentiable-optimizer
+tests, the inputs of torch.testing._internal.common_optimizers. Each check runs on the CPU, and on CUDA where there is one. What the checks have to know about an
+optimizer stands in a `Kind`.
 
-What is skipped or differs, and why (SGD's own list has no skips outside of torch.compile's test mode):
+What is skipped or differs, and why. For all three:
 
 | check | here | reason |
 |---|---|---|
-| test_rosenbrock_sparse | the error is checked | sparse gradients are refused by design, as G is a statistic of the whole tensor |
-| test_complex, test_complex_2d | the real twin gets the complex tensor's scales by `set_scales` | G of a complex tensor is made of n moduli; the update, which is element-wise, is still compared exactly |
+| test_rosenbrock_sparse | the error is checked | sparse gradients are refused by design: G is a statistic of the whole tensor, averages over time would be dense, and there is no sparse curvature |
 | test_second_order_optims_return_consistent_types | no such test | for optimizers that need a closure |
+| test_cpu_load_state_dict | only on CUDA, as for SGD | a state that comes from the CPU has to arrive on the device |
+| multigpu, test_mixed_device_dtype | need two GPUs; a version with mixed dtypes on one device runs everywhere | as in PyTorch |
+| test_peak_memory_foreach | CUDA, as in PyTorch | its limit is about the CUDA allocator; tests/test_authors.py and tests/test_adan.py have stricter ones for the CPU |
+| test_foreach_large_tensor | gradients are random instead of zero | with zero gradients nothing starts, or moves, so nothing would be tested |
+| capturable inputs | run on the CPU too | stricter: they are supported there |
+
+SGDSaI (SGD's own list has no skips outside of torch.compile's test mode):
+
+| check | here | reason |
+|---|---|---|
+| test_complex, test_complex_2d | the real twin gets the complex tensor's scales by `set_scales` | G of a complex tensor is made of n moduli; the update, which is element-wise, is still compared exactly |
 | test_load_nontensor_step | the number that may be tensor or float is `gsnr` | there is no `step` in the state |
 | test_defaults_changed_to_foreach | looks for the function `_foreach` on CUDA, and for `_fused` on the CPU | names differ; on the CPU the fused kernel is the default |
 | test_fused_does_not_step_if_foundinf, test_grad_scaling_autocast_fused_optimizers | through GradScaler alone | the fused kernel is called piece by piece without found_inf; the scaler unscales and skips the step itself |
-| test_foreach_large_tensor, test_fused_large_tensor | gradients are random instead of zero; on the CPU the sizes given to the kernel are checked | with zero gradients nothing starts, so nothing would be tested; the CPU kernel is only given pieces |
-| test_cpu_load_state_dict | as SGD: only on CUDA; and `capturable` also | SGD has no `capturable` |
-| multigpu, test_mixed_device_dtype | need two GPUs; a version with mixed dtypes on one device runs everywhere | as in PyTorch |
-| test_peak_memory_foreach | CUDA, as in PyTorch | its limit is about the CUDA allocator; tests/test_authors.py has a stricter one for the CPU |
+| test_fused_large_tensor | on the CPU the sizes given to the kernel are checked | the CPU kernel is only given pieces |
 | the checks of the loss's direction | lr 1e-3, SGD's default, where the input gives none | lr is multiplied by G here, and the momentum starts with the whole first gradient |
-| capturable inputs | run on the CPU too | stricter: SGDSaI supports them there |
+
+Adan:
+
+| check | here | reason |
+|---|---|---|
+| test_fused_* | none | there is no fused kernel |
+| test_defaults_changed_to_foreach | looks for `_foreach` on CUDA and for small tensors, for `_for_loop` for large tensors on the CPU | names differ; the loop goes through large tensors in pieces that stay in the cache |
+| test_grad_scaling_autocast_fused_optimizers | with foreach and the loop | the check is about GradScaler, which every optimizer meets |
+| inputs with restart_radius | not with `differentiable`, not in a CUDA graph | refused; the criterion is looked at by the host |
+
+AdaHessian:
+
+| check | here | reason |
+|---|---|---|
+| all | backward(create_graph=True); where PyTorch assigns gradients, they get a graph that says curvature 1 | the step needs the graph of the gradients |
+| test_foreach_*, test_fused_*, test_mixed_device_dtype, test_peak_memory_foreach, test_differentiable*, test_cuda_graph_equals_eager | none | it has no foreach, fused, differentiable or capturable form: the extra backward pass outweighs the step, and its graph is new each time |
+| test_complex, test_complex_2d | the error is checked, in test_errors | complex parameters are refused: whether real and imaginary part share a curvature is not defined |
+| test_grad_scaling_autocast_fused_optimizers | without unscale_ and clipping | refused, see tests/test_adahessian.py |
+| the checks of the loss's direction | lr 0.02, eps 0.1, where the input gives none | one draw of signs can make a curvature of next to nothing, and the steps of the default 0.15 are Newton's |
 '''
 import inspect
 import itertools
 import re
 import tempfile
 import warnings
+from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import dataclass, field
 from functools import partial
+from types import ModuleType
 from unittest.mock import patch
 
 import pytest
 import torch
 from torch.nn import Parameter
-from torch.optim import SGD, Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.testing._internal.common_optimizers import (
@@ -44,13 +73,106 @@ from torch.testing._internal.common_optimizers import (
 )
 from torch.testing._internal.common_utils import TestCase
 
+import sgd_sai.adahessian
+import sgd_sai.adan
 import sgd_sai.optimizer
+from sgd_sai.adahessian import AdaHessian
+from sgd_sai.adan import Adan
 from sgd_sai.optimizer import SGD_sai, SGDSaI
 
 
-def optim_inputs(device, dtype=None):
-    "Keyword arguments to build SGDSaI with: those of SGD where they exist here, and our own. The implementations are added by PyTorch."
-    table = {
+@dataclass(frozen=True)
+class Kind:
+    "What the checks have to know about an optimizer."
+    cls: type
+    module: ModuleType  # where the functions that make its step live
+    table: Callable  # () -> description -> keyword arguments to build it with, without the flags that choose an implementation
+    errors: Callable  # (error, parameters on the device) -> its own error inputs
+    like: type  # the optimizer of PyTorch that it is to take the place of
+    released: tuple  # arguments that the authors' class has too
+    gentle: dict  # for small steep problems, where the input says nothing else
+    number: str  # entry of the state that files may hold as a number or as a tensor
+    average: str  # entry of the state that is a tensor of the parameter's shape
+    states: Callable  # keyword arguments -> the entries of the state after a step
+    loop: dict = field(default_factory=dict)  # flags that choose the plain loop
+    flags: tuple = ()  # flags that choose other implementations
+    supports: tuple = ()  # foreach, differentiable, fused
+    capturable: bool = False
+    create_graph: bool = False
+
+    def optim_inputs(self, device, dtype=None):
+        return [OptimizerInput(params=None, kwargs=kwargs, desc=desc) for desc, kwargs in self.table().items()]
+
+    def capturable_inputs(self, device, dtype=None):
+        "As above with `capturable`, which excludes a fused kernel."
+        if not self.capturable:
+            return []
+        return [OptimizerInput(params=None, kwargs={**i.kwargs, "capturable": True}, desc=f"{i.desc} & capturable") for i in self.optim_inputs(device)]
+
+    def inputs(self, device):
+        return self.optim_inputs(device) + self.capturable_inputs(device)
+
+    @property
+    def own_flags(self):
+        "Arguments that the authors' class does not have."
+        return tuple(name for name in inspect.signature(self.cls).parameters if name not in self.released and name != "process_group")
+
+    def info(self, inputs, supports):
+        like = next(info for info in optim_db if info.optim_cls is self.like)
+        return OptimizerInfo(self.cls, optim_inputs_func=inputs, supported_impls=supports, scheduler_inputs=like.scheduler_inputs, not_og_supported_flags=self.own_flags,
+                             supports_sparse=False, has_capturable_arg=self.capturable, supports_complex=not self.create_graph, supports_fused_on=("cpu", "cuda"),
+                             optim_error_inputs_func=self.error_inputs)
+
+    @property
+    def schedulers(self):
+        return self.info(self.optim_inputs, self.supports).scheduler_inputs
+
+    def all_inputs(self, device, skip=("differentiable",)):
+        "Every input with every implementation that goes with it."
+        infos = [self.info(self.optim_inputs, self.supports), self.info(self.capturable_inputs, tuple(s for s in self.supports if s != "fused"))]
+        full = [given for info in infos for given in _get_optim_inputs_including_global_cliquey_kwargs(device, torch.float32, info, skip=skip)]
+        return [given for given in full if not (given.kwargs.get("differentiable") and given.kwargs.get("restart_radius"))]
+
+    def error_inputs(self, device, dtype):
+        "What PyTorch demands of every optimizer, and errors of its own hyperparameters."
+        def error(match, error_type=ValueError, params=None, error_on=OptimizerErrorEnum.CONSTRUCTION_ERROR, **kwargs):
+            params = [Parameter(torch.randn(2, 2, device=device, dtype=dtype))] if params is None else params
+            return ErrorOptimizerInput(OptimizerInput(params=params, kwargs=kwargs, desc=match), error_on=error_on, error_type=error_type, error_regex=match)
+
+        sparse = Parameter(torch.randn(2, 2, device=device, dtype=dtype))
+        sparse.grad = torch.randn(2, 2, device=device, dtype=dtype).to_sparse()
+        infinite = Parameter(torch.randn(2, 2, device=device, dtype=dtype))
+        infinite.grad = torch.full_like(infinite, torch.inf)
+        return get_error_inputs_for_all_optims(device, dtype) + [
+            error("Invalid learning rate: -0.1", lr=-0.1),
+            error("Invalid learning rate: nan", lr=float("nan")),
+            error("Invalid weight_decay value: -1", weight_decay=-1),
+            error("Invalid epsilon value: -1e-08", eps=-1e-8),
+            error("Invalid state_dtype value: torch.int32", state_dtype=torch.int32),
+            error("Invalid weight_decay value: -2", params=[{"params": [infinite]}, {"params": [sparse], "weight_decay": -2}]),
+            error("does not support sparse gradients", RuntimeError, [sparse], OptimizerErrorEnum.STEP_ERROR),
+        ] + self.errors(error, infinite)
+
+    def slowly(self, kwargs):
+        return {**self.gentle, **kwargs}
+
+    def backward(self, loss):
+        loss.backward(create_graph=self.create_graph)
+
+    def give(self, p, g):
+        "Let `g` be the gradient of p; where a graph is needed, that of a loss with curvature 1 everywhere."
+        g = None if g is None else g.detach()
+        p.grad = g + (p - p.detach()) if self.create_graph and g is not None else g
+
+    @property
+    def implementations(self):
+        "Flags for each implementation there is."
+        return [self.loop, *self.flags]
+
+
+def sgdsai_table():
+    "Those of SGD where they exist here, and our own."
+    return {
         "default": {},
         "non-default lr": dict(lr=2e-3),
         "tensor lr": dict(lr=torch.tensor(0.001)),
@@ -66,57 +188,104 @@ def optim_inputs(device, dtype=None):
         "max_ratio": dict(max_ratio=None),
         "eps": dict(eps=1e-4),
     }
-    return [OptimizerInput(params=None, kwargs=kwargs, desc=desc) for desc, kwargs in table.items()]
 
 
-def capturable_inputs(device, dtype=None):
-    "As above with `capturable`, which excludes the fused kernel."
-    return [OptimizerInput(params=None, kwargs={**i.kwargs, "capturable": True}, desc=f"{i.desc} & capturable") for i in optim_inputs(device)]
-
-
-def optim_error_inputs(device, dtype):
-    "What PyTorch demands of every optimizer, of SGD, and errors of our own hyperparameters."
-    def error(match, error_type=ValueError, params=None, error_on=OptimizerErrorEnum.CONSTRUCTION_ERROR, **kwargs):
-        params = [Parameter(torch.randn(2, 2, device=device, dtype=dtype))] if params is None else params
-        return ErrorOptimizerInput(OptimizerInput(params=params, kwargs=kwargs, desc=match), error_on=error_on, error_type=error_type, error_regex=match)
-
-    sparse = Parameter(torch.randn(2, 2, device=device, dtype=dtype))
-    sparse.grad = torch.randn(2, 2, device=device, dtype=dtype).to_sparse()
-    infinite = Parameter(torch.randn(2, 2, device=device, dtype=dtype))
-    infinite.grad = torch.full_like(infinite, torch.inf)
-    return get_error_inputs_for_all_optims(device, dtype) + [
+def sgdsai_errors(error, infinite):
+    return [
         error("Invalid momentum value: -0.5", momentum=-0.5),
         error("Invalid momentum value: 1.0", momentum=1.0),
-        error("Invalid learning rate: -0.1", lr=-0.1),
-        error("Invalid learning rate: nan", lr=float("nan")),
-        error("Invalid weight_decay value: -1", weight_decay=-1),
-        error("Invalid epsilon value: -1e-08", eps=-1e-8),
         error("Nesterov momentum requires a momentum", nesterov=True, momentum=0),
         error("Invalid scale: 'sqrt'", scale="sqrt"),
         error("Invalid max_ratio value: 0.5", max_ratio=0.5),
-        error("Invalid state_dtype value: torch.int32", state_dtype=torch.int32),
         error("`fused` and `foreach` cannot be `True` together", RuntimeError, fused=True, foreach=True),
         error("`fused` does not support `differentiable`", RuntimeError, fused=True, differentiable=True),
         error("`foreach` does not support `differentiable`", RuntimeError, foreach=True, differentiable=True),
         error("`fused` does not support `capturable`", RuntimeError, fused=True, capturable=True),
         error("`fused=True` requires all the params to be floating point", RuntimeError, [torch.zeros(2, dtype=torch.complex64)], fused=True),
-        error("Invalid momentum value: 2", params=[{"params": [infinite]}, {"params": [sparse], "momentum": 2}]),
-        error("does not support sparse gradients", RuntimeError, [sparse], OptimizerErrorEnum.STEP_ERROR),
         error("is not finite", RuntimeError, [infinite], OptimizerErrorEnum.STEP_ERROR),
     ]
 
 
-SGD_INFO = next(info for info in optim_db if info.optim_cls is SGD)
-COMMON = dict(
-    scheduler_inputs=SGD_INFO.scheduler_inputs,
-    not_og_supported_flags=tuple(name for name in inspect.signature(SGDSaI).parameters if name not in inspect.signature(SGD_sai).parameters),
-    supports_sparse=False, has_capturable_arg=True, supports_complex=True, supports_fused_on=("cpu", "cuda"),
-    optim_error_inputs_func=optim_error_inputs,
-)
-INFO = OptimizerInfo(SGDSaI, optim_inputs_func=optim_inputs, supported_impls=("foreach", "differentiable", "fused"), **COMMON)
-CAPTURABLE = OptimizerInfo(SGDSaI, optim_inputs_func=capturable_inputs, supported_impls=("foreach", "differentiable"), **COMMON)
+def adan_table():
+    "Those of AdamW where they exist here, and our own."
+    return {
+        "default": {},
+        "non-default lr": dict(lr=0.01),
+        "tensor lr": dict(lr=torch.tensor(0.001)),
+        "non-zero weight_decay": dict(weight_decay=0.1),
+        "maximize": dict(weight_decay=0.1, maximize=True),
+        "no_prox": dict(no_prox=True, weight_decay=0.1),
+        "betas": dict(betas=(0.9, 0.5, 0.95)),
+        "no averages": dict(betas=(0.0, 0.0, 0.0), eps=1e-3),
+        "eps": dict(eps=1e-4),
+        "restart_radius": dict(restart_radius=1e3),
+    }
 
-pytestmark = pytest.mark.usefixtures("seeded", "kernels_for_small_tensors_too")
+
+def adan_errors(error, infinite):
+    return [
+        error("Invalid beta parameter at index 0: 1.0", betas=(1.0, 0.9, 0.9)),
+        error("Invalid beta parameter at index 1: -0.1", betas=(0.9, -0.1, 0.9)),
+        error("Invalid beta parameter at index 2: nan", betas=(0.9, 0.9, float("nan"))),
+        error("3 are needed", betas=(0.9, 0.999)),
+        error("Invalid restart_radius value: -1", restart_radius=-1),
+        error("`foreach` does not support `differentiable`", RuntimeError, foreach=True, differentiable=True),
+        error("`restart_radius` does not support `differentiable`", RuntimeError, restart_radius=1.0, differentiable=True),
+        error("`differentiable` does not support complex parameters", RuntimeError, [torch.zeros(2, dtype=torch.complex64)], differentiable=True),
+        error("unexpected keyword argument 'max_grad_norm'", TypeError, max_grad_norm=1.0),
+    ]
+
+
+def adahessian_table():
+    "Those of AdamW where they exist here, and our own."
+    return {
+        "default": {},
+        "non-default lr": dict(lr=0.05),
+        "tensor lr": dict(lr=torch.tensor(0.05)),
+        "non-zero weight_decay": dict(weight_decay=0.1),
+        "maximize": dict(weight_decay=0.1, maximize=True),
+        "betas": dict(betas=(0.5, 0.9)),
+        "eps": dict(eps=1e-2),
+        "hessian_power": dict(hessian_power=0.5, weight_decay=0.1),
+        "n_samples": dict(n_samples=2, seed=1),
+        "update_period": dict(update_period=2),
+        "block_size": dict(block_size=4, signed_average=True),
+    }
+
+
+def adahessian_errors(error, infinite):
+    forgotten = Parameter(torch.randn_like(infinite))
+    forgotten.grad = torch.randn_like(infinite)
+    return [
+        error("Invalid beta parameter at index 0: 1.0", betas=(1.0, 0.9)),
+        error("Invalid beta parameter at index 1: -0.1", betas=(0.9, -0.1)),
+        error("2 are needed", betas=(0.9, 0.9, 0.9)),
+        error("Invalid hessian_power value: 1.5", hessian_power=1.5),
+        error("Invalid n_samples value: 0", n_samples=0),
+        error("Invalid update_period value: 0", update_period=0),
+        error("Invalid block_size value: 1.5", block_size=1.5),
+        error("does not support complex parameters", params=[torch.zeros(2, dtype=torch.complex64)]),
+        error(r"call loss\.backward\(create_graph=True\)", RuntimeError, [forgotten], OptimizerErrorEnum.STEP_ERROR),
+    ]
+
+
+SGDSAI = Kind(
+    SGDSaI, sgd_sai.optimizer, sgdsai_table, sgdsai_errors, like=SGD, released=tuple(inspect.signature(SGD_sai).parameters), gentle=dict(lr=1e-3), number="gsnr", average="momentum_buffer",
+    states=lambda kwargs: {"gsnr"} if kwargs.get("momentum") == 0 else {"gsnr", "momentum_buffer"}, supports=("foreach", "differentiable", "fused"), capturable=True,
+    loop=dict(foreach=False, fused=False), flags=({}, dict(foreach=True), dict(fused=True), dict(capturable=True), dict(capturable=True, foreach=True)),
+)
+ADAN = Kind(
+    Adan, sgd_sai.adan, adan_table, adan_errors, like=AdamW, released=("params", "lr", "betas", "eps", "weight_decay", "no_prox", "foreach"), gentle=dict(lr=1e-3),
+    number="step", average="exp_avg", states=lambda kwargs: {"step", "exp_avg", "exp_avg_diff", "exp_avg_sq", "neg_pre_grad"} | ({"path"} if "restart_radius" in kwargs else set()),
+    supports=("foreach", "differentiable"), capturable=True,
+    loop=dict(foreach=False), flags=({}, dict(foreach=True), dict(capturable=True), dict(capturable=True, foreach=True)),
+)
+ADAHESSIAN = Kind(
+    AdaHessian, sgd_sai.adahessian, adahessian_table, adahessian_errors, like=AdamW, released=("params", "lr", "betas", "eps", "weight_decay", "hessian_power"),
+    gentle=dict(lr=0.02, eps=0.1), number="step", average="exp_avg", states=lambda kwargs: {"step", "hessian_step", "exp_avg", "exp_hessian_diag_sq"}, create_graph=True,
+)
+
+pytestmark = [pytest.mark.usefixtures("seeded", "kernels_for_small_tensors_too"), pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")]
 CHECK = TestCase()  # for assertEqual, with PyTorch's tolerances
 CUDA = pytest.param("cuda", marks=pytest.mark.gpu)
 TWO_GPUS = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="only one GPU")]
@@ -125,17 +294,15 @@ only_cuda = pytest.mark.parametrize("device", [CUDA])
 only_cpu = pytest.mark.parametrize("device", ["cpu"])
 
 
-def plain_inputs(device):
-    return optim_inputs(device) + capturable_inputs(device)
+def kinds(*chosen):
+    return pytest.mark.parametrize("kind", chosen, ids=lambda kind: kind.cls.__name__)
 
 
-def all_inputs(device, skip=("differentiable",)):
-    "Every input with every implementation that goes with it."
-    full = _get_optim_inputs_including_global_cliquey_kwargs(device, torch.float32, INFO, skip=skip)
-    return full + _get_optim_inputs_including_global_cliquey_kwargs(device, torch.float32, CAPTURABLE, skip=tuple(s for s in skip if s != "fused"))
+each_kind = kinds(SGDSAI, ADAN, ADAHESSIAN)
+with_foreach = kinds(SGDSAI, ADAN)
 
 
-def problem(device, dtype=torch.float32, contiguous=True, bias_device=None):
+def problem(kind, device, dtype=torch.float32, contiguous=True, bias_device=None):
     "weight, bias, and a function that fills their gradients and returns the loss."
     if contiguous:
         weight, bias = Parameter(torch.randn(10, 5, device=device, dtype=dtype)), Parameter(torch.randn(10, device=bias_device or device, dtype=dtype))
@@ -143,19 +310,14 @@ def problem(device, dtype=torch.float32, contiguous=True, bias_device=None):
         weight = Parameter(torch.randn(10, 5, 2, device=device, dtype=dtype)[..., 0])
         bias = Parameter(torch.randn(10, 2, device=device, dtype=dtype)[..., 0])
     x = torch.randn(5, device=device, dtype=dtype)
-    return weight, bias, partial(evaluate, weight, bias, x)
+    return weight, bias, partial(evaluate, kind, weight, bias, x)
 
 
-def evaluate(weight, bias, x):
+def evaluate(kind, weight, bias, x):
     weight.grad = bias.grad = None
     loss = (weight.mv(x).to(bias.device) + bias).pow(2).sum()
-    loss.backward()
+    kind.backward(loss)
     return loss
-
-
-def slowly(kwargs):
-    "The keyword arguments with SGD's default rate: ours, times G, overshoots in the first twenty steps of these steep little problems."
-    return {"lr": 1e-3, **kwargs}
 
 
 def step_schedulers(schedulers, loss):
@@ -163,8 +325,8 @@ def step_schedulers(schedulers, loss):
         scheduler.step(loss) if isinstance(scheduler, ReduceLROnPlateau) else scheduler.step()
 
 
-def assert_right_direction(before, after, kwargs):
-    assert after > before if kwargs.get("maximize") else after < before
+def assert_right_direction(before, after, given):
+    assert after > before if given.kwargs.get("maximize") else after < before, f"{given.desc}: from {before} to {after}"
 
 
 def snapshot(opt, params):
@@ -172,72 +334,78 @@ def snapshot(opt, params):
     return [p.detach().clone() for p in params], [{k: v.detach().clone() if isinstance(v, torch.Tensor) else v for k, v in opt.state[p].items()} for p in params]
 
 
+@each_kind
 @only_cpu
-def test_optim_infos_do_not_specify_global_cliquey_kwargs(device):
-    assert len(plain_inputs(device)) > 20
-    assert not any(flag in i.kwargs for i in plain_inputs(device) for flag in ("foreach", "fused", "differentiable"))
+def test_optim_infos_do_not_specify_global_cliquey_kwargs(kind, device):
+    assert len(kind.inputs(device)) > 10
+    assert not any(flag in i.kwargs for i in kind.inputs(device) for flag in ("foreach", "fused", "differentiable"))
 
 
+@each_kind
 @only_cpu
-def test_errors(device):
-    for case in optim_error_inputs(device, torch.float32):
+def test_errors(kind, device):
+    for case in kind.error_inputs(device, torch.float32):
         given = case.optimizer_error_input
         params = given.params if given.params is not None else [Parameter(torch.randn(2, 2))]
         expect = partial(pytest.warns if issubclass(case.error_type, Warning) else pytest.raises, case.error_type, match=case.error_regex)
         if case.error_on == OptimizerErrorEnum.CONSTRUCTION_ERROR:
             with expect():
-                SGDSaI(params, **given.kwargs)
+                kind.cls(params, **given.kwargs)
         else:
-            opt = SGDSaI(params, **given.kwargs)
+            opt = kind.cls(params, **given.kwargs)
             with expect():
                 opt.step()
 
 
+@each_kind
 @only_cpu
-def test_error_in_a_later_group_leaves_the_optimizer_as_it_was(device):
-    opt = SGDSaI([Parameter(torch.ones(2))])
+def test_error_in_a_later_group_leaves_the_optimizer_as_it_was(kind, device):
+    opt = kind.cls([Parameter(torch.ones(2))])
     with pytest.raises(ValueError, match="Invalid learning rate: -1"):
         opt.add_param_group({"params": [Parameter(torch.ones(2))], "lr": -1})
     assert len(opt.param_groups) == 1
 
 
+@each_kind
 @each_device
 @pytest.mark.parametrize("contiguous", [True, False])
 @pytest.mark.parametrize("with_lrsched", [True, False])
-def test_forloop_goes_right_direction(device, contiguous, with_lrsched):
-    for make_schedulers in INFO.scheduler_inputs if with_lrsched else [[]]:
-        for given in plain_inputs(device):
-            weight, bias, closure = problem(device, contiguous=contiguous)
-            opt = SGDSaI([weight, bias], **slowly(given.kwargs), foreach=False, fused=False)
+def test_forloop_goes_right_direction(kind, device, contiguous, with_lrsched):
+    for make_schedulers in kind.schedulers if with_lrsched else [[]]:
+        for given in kind.inputs(device):
+            weight, bias, closure = problem(kind, device, contiguous=contiguous)
+            opt = kind.cls([weight, bias], **kind.slowly(given.kwargs), **kind.loop)
             schedulers = [make(opt) for make in make_schedulers]
             before = closure().item()
             for _ in range(20):
                 loss = closure()
                 opt.step()
                 step_schedulers(schedulers, loss)
-            assert_right_direction(before, closure().item(), given.kwargs)
+            assert_right_direction(before, closure().item(), given)
 
 
+@each_kind
 @pytest.mark.parametrize("device", [pytest.param("cuda:0", marks=TWO_GPUS)])
 @pytest.mark.parametrize("with_lrsched", [True, False])
-def test_forloop_goes_right_direction_multigpu(device, with_lrsched):
-    for make_schedulers in INFO.scheduler_inputs if with_lrsched else [[]]:
-        for given in plain_inputs(device):
-            weight, bias, closure = problem(device, bias_device="cuda:1")
-            opt = SGDSaI([weight, bias], **slowly(given.kwargs), foreach=False, fused=False)
+def test_forloop_goes_right_direction_multigpu(kind, device, with_lrsched):
+    for make_schedulers in kind.schedulers if with_lrsched else [[]]:
+        for given in kind.inputs(device):
+            weight, bias, closure = problem(kind, device, bias_device="cuda:1")
+            opt = kind.cls([weight, bias], **kind.slowly(given.kwargs), **kind.loop)
             schedulers = [make(opt) for make in make_schedulers]
             before = closure().item()
             for _ in range(20):
                 step_schedulers(schedulers, opt.step(closure))
-            assert_right_direction(before, closure().item(), given.kwargs)
+            assert_right_direction(before, closure().item(), given)
 
 
+@each_kind
 @each_device
-def test_param_group_with_lrscheduler_goes_right_direction(device):
-    for make_schedulers in INFO.scheduler_inputs:
-        for flags in ({}, dict(foreach=False, fused=False), dict(foreach=True), dict(fused=True), dict(capturable=True)):
-            weight, bias, closure = problem(device)
-            opt = SGDSaI([{"params": [weight]}, {"params": [bias], "lr": 0.01}], **slowly(flags))
+def test_param_group_with_lrscheduler_goes_right_direction(kind, device):
+    for make_schedulers in kind.schedulers:
+        for flags in kind.implementations:
+            weight, bias, closure = problem(kind, device)
+            opt = kind.cls([{"params": [weight]}, {"params": [bias], "lr": 0.01}], **kind.slowly(flags))
             schedulers = [make(opt) for make in make_schedulers]
             before = closure().item()
             for _ in range(20):
@@ -245,35 +413,37 @@ def test_param_group_with_lrscheduler_goes_right_direction(device):
             assert closure().item() < before
 
 
+@each_kind
 @each_device
 @pytest.mark.parametrize("num_dim", [0, 1, 2])
-def test_tensor_lr(device, num_dim):
-    for given, lr_device in itertools.product(all_inputs(device), {device, "cpu"}):
-        weight, bias, _ = problem(device)
+def test_tensor_lr(kind, device, num_dim):
+    for given, lr_device in itertools.product(kind.all_inputs(device), {device, "cpu"}):
+        weight, bias, _ = problem(kind, device)
         x = torch.randn(5, device=device)
         twins = [Parameter(p.detach().clone()) for p in (weight, bias)]
         kwargs = {**given.kwargs, "lr": 1e-3}
-        opt = SGDSaI([weight, bias], **kwargs)
-        opt_t = SGDSaI(twins, **{**kwargs, "lr": torch.tensor(1e-3).reshape([1] * num_dim).to(lr_device)})
+        opt = kind.cls([weight, bias], **kwargs)
+        opt_t = kind.cls(twins, **{**kwargs, "lr": torch.tensor(1e-3).reshape([1] * num_dim).to(lr_device)})
         for _ in range(5):
-            evaluate(weight, bias, x), evaluate(*twins, x)
+            evaluate(kind, weight, bias, x), evaluate(kind, *twins, x)
             opt.step(), opt_t.step()
             CHECK.assertEqual([weight, bias], twins, msg=given.desc)
         assert weight.shape == (10, 5) and isinstance(opt_t.param_groups[0]["lr"], torch.Tensor)
 
 
+@each_kind
 @each_device
 @pytest.mark.parametrize("with_lrsched", [True, False])
-def test_tensor_lr_is_followed_when_it_changes(device, with_lrsched):
-    for flags in (dict(foreach=False, fused=False), dict(foreach=True), dict(fused=True), dict(capturable=True), dict(capturable=True, foreach=True)):
-        weight, bias, _ = problem(device)
+def test_tensor_lr_is_followed_when_it_changes(kind, device, with_lrsched):
+    for flags in kind.implementations:
+        weight, bias, _ = problem(kind, device)
         x = torch.randn(5, device=device)
         twins = [Parameter(p.detach().clone()) for p in (weight, bias)]
         lr = torch.tensor(1e-3, device=device)
-        opts = SGDSaI([weight, bias], lr=1e-3, **flags), SGDSaI(twins, lr=lr, **flags)
+        opts = kind.cls([weight, bias], lr=1e-3, **flags), kind.cls(twins, lr=lr, **flags)
         schedulers = [torch.optim.lr_scheduler.ExponentialLR(opt, 0.5) for opt in opts] if with_lrsched else []
         for t in range(4):
-            evaluate(weight, bias, x), evaluate(*twins, x)
+            evaluate(kind, weight, bias, x), evaluate(kind, *twins, x)
             opts[0].step(), opts[1].step()
             step_schedulers(schedulers, None)
             if not with_lrsched:
@@ -283,22 +453,23 @@ def test_tensor_lr_is_followed_when_it_changes(device, with_lrsched):
         assert opts[1].param_groups[0]["lr"] is lr and lr.item() == pytest.approx(1e-3 / 16)
 
 
+@each_kind
 @each_device
 @pytest.mark.parametrize("with_lrsched", [True, False])
-def test_rosenbrock_sparse(device, with_lrsched):
-    for given in all_inputs(device):
+def test_rosenbrock_sparse(kind, device, with_lrsched):
+    for given in kind.all_inputs(device):
         p = Parameter(torch.tensor([1.5, 1.5], device=device))
-        opt = SGDSaI([("point", p)], **given.kwargs)
+        opt = kind.cls([("point", p)], **given.kwargs)
         if with_lrsched:
-            for make in SGD_INFO.metadata_for_sparse[1]:
+            for make in kind.schedulers[0]:
                 make(opt)
         for dense_first in (False, True):
             p.grad = torch.sparse_coo_tensor([[0, 0]], [0.3, 0.7], (2,), device=device)
             before = p.detach().clone()
-            with pytest.raises(RuntimeError, match="SGDSaI does not support sparse gradients, which parameter point has: build its layer with sparse=False"):
+            with pytest.raises(RuntimeError, match=f"{kind.cls.__name__} does not support sparse gradients, which parameter point has: build its layer with sparse=False"):
                 opt.step()
             assert torch.equal(p, before)
-            p.grad = torch.tensor([0.3, -0.7], device=device)
+            kind.give(p, torch.tensor([0.3, -0.7], device=device))
             opt.step()
             assert not torch.equal(p, before)
 
@@ -307,30 +478,35 @@ def real_twins(params):
     return [torch.view_as_real(p).detach().clone().requires_grad_() if p.is_complex() else p.detach().clone().requires_grad_() for p in params]
 
 
+def give_scales(opt, other, params):
+    "The scales that SGDSaI measures for `params`, given to the parameters of another, in their order."
+    sgd_sai.optimizer.start(opt)
+    other.set_scales({name: float(opt.state[p]["gsnr"]) for (name, _), p in zip(other.named(), params)})
+
+
+@with_foreach
 @each_device
-def test_complex(device):
-    for given in all_inputs(device, skip=("differentiable", "fused")):
+def test_complex(kind, device):
+    for given in kind.all_inputs(device, skip=("differentiable",) + ("fused",) * (kind is SGDSAI)):
         shapes = [((10, 5), torch.complex64), ((10,), torch.complex64), ((10, 5), torch.float32)]  # the last is real, so that they are mixed
         params = [torch.randn(shape, device=device, dtype=dtype, requires_grad=True) for shape, dtype in shapes]
         twins = real_twins(params)
-        opt, opt_r = SGDSaI(params, **given.kwargs), SGDSaI(twins, **given.kwargs)
+        opt, opt_r = kind.cls(params, **given.kwargs), kind.cls(twins, **given.kwargs)
         for t in range(3):
             for p, q in zip(params, twins):
                 q.grad = torch.randn_like(q)
                 p.grad = torch.view_as_complex(q.grad.clone()) if p.is_complex() else q.grad.clone()
-            if t == 0:
-                n = {p: p.numel() for p in params}
-                sgd_sai.optimizer.start(opt)
-                opt_r.set_scales({name: float(opt.state[p]["gsnr"]) for (name, _), p in zip(opt_r.named(), params)})
+            if t == 0 and kind is SGDSAI:
+                give_scales(opt, opt_r, params)
                 if given.kwargs.get("scale") != "sqrt_numel":  # n moduli, and the standard deviation of complex numbers
                     for p in params:
                         eps = given.kwargs.get("eps", 1e-8)
                         assert float(opt.state[p]["gsnr"]) == pytest.approx((p.grad.norm() / (p.grad.std() + eps)).item(), rel=1e-5)
-                assert all(float(opt.state[p]["gsnr"]) <= 1.5 * n[p] ** 0.5 for p in params)
+                assert all(float(opt.state[p]["gsnr"]) <= 1.5 * p.numel() ** 0.5 for p in params)
             opt.step(), opt_r.step()
             CHECK.assertEqual([torch.view_as_real(p) if p.is_complex() else p for p in params], twins, msg=given.desc)
-            CHECK.assertEqual([opt_r.state[q].get("momentum_buffer") for q in twins],
-                              [torch.view_as_real(m) if m is not None and m.is_complex() else m for m in (opt.state[p].get("momentum_buffer") for p in params)])
+            CHECK.assertEqual([opt_r.state[q].get(kind.average) for q in twins],
+                              [torch.view_as_real(m) if m is not None and m.is_complex() else m for m in (opt.state[p].get(kind.average) for p in params)])
 
 
 def rosenbrock(point):
@@ -338,13 +514,14 @@ def rosenbrock(point):
     return (1 - x) ** 2 + 100 * (y - x**2) ** 2
 
 
+@with_foreach
 @each_device
-def test_complex_2d(device):
-    for given in all_inputs(device, skip=("differentiable", "fused")):
+def test_complex_2d(kind, device):
+    for given in kind.all_inputs(device, skip=("differentiable",) + ("fused",) * (kind is SGDSAI)):
         a = torch.randn(2, device=device, dtype=torch.complex64, requires_grad=True)
         re_, im = a.real.detach().clone().requires_grad_(), a.imag.detach().clone().requires_grad_()
-        kwargs = {"lr": 1e-5, **given.kwargs} if "lr" not in given.kwargs else {**given.kwargs, "lr": 1e-5}
-        opt, parts = SGDSaI([a], **kwargs), SGDSaI([re_, im], **kwargs)
+        kwargs = {**given.kwargs, "lr": 1e-5}
+        opt, parts = kind.cls([a], **kwargs), kind.cls([re_, im], **kwargs)
         for t in range(3):
             opt.zero_grad(), parts.zero_grad()
             rosenbrock(a).abs().backward()
@@ -354,9 +531,8 @@ def test_complex_2d(device):
             CHECK.assertEqual(a.grad.real, re_.grad)
             CHECK.assertEqual(a.grad.imag, im.grad)
             re_.grad, im.grad = a.grad.real.clone(), a.grad.imag.clone()
-            if t == 0:
-                sgd_sai.optimizer.start(opt)
-                parts.set_scales({name: float(opt.state[a]["gsnr"]) for name, _ in parts.named()})
+            if t == 0 and kind is SGDSAI:
+                give_scales(opt, parts, [a, a])
             opt.step(), parts.step()
             CHECK.assertEqual(a.real, re_)
             CHECK.assertEqual(a.imag, im)
@@ -400,8 +576,8 @@ def compare_between(inputs, models, opts, **tolerance):
         assert opts[0].state
 
 
-def derived_optimizers(device, dtype, flag, **tolerance):
-    for given in plain_inputs(device):
+def derived_optimizers(kind, device, dtype, flag, **tolerance):
+    for given in kind.inputs(device):
         if flag == "fused" and given.kwargs.get("capturable"):
             continue  # refused at construction, see test_errors
         models, opts = [], []
@@ -412,37 +588,38 @@ def derived_optimizers(device, dtype, flag, **tolerance):
             empty = torch.rand((0, 3), device=device, dtype=dtype, requires_grad=True)
             for p in (scalar, empty):
                 p.grad = torch.rand_like(p)
-            opts.append(SGDSaI([*model.parameters(), scalar, empty], **{**given.kwargs, flag: value, "fused" if flag == "foreach" else "foreach": False}))
+            opts.append(kind.cls([*model.parameters(), scalar, empty], **{**given.kwargs, **kind.loop, flag: value}))
             models.append(model)
         compare_between([x, x], models, opts, **tolerance)
 
 
+@with_foreach
 @each_device
-def test_foreach_matches_forloop(device):
-    derived_optimizers(device, torch.float64, "foreach")
+def test_foreach_matches_forloop(kind, device):
+    derived_optimizers(kind, device, torch.float64, "foreach")
 
 
 @each_device
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_fused_matches_forloop(device, dtype):
-    derived_optimizers(device, dtype, "fused")
+    derived_optimizers(SGDSAI, device, dtype, "fused")
 
 
 DTYPES = torch.float64, torch.float32, torch.float16, torch.bfloat16
 
 
+@pytest.mark.parametrize("kind, impl", [(SGDSAI, "foreach"), (SGDSAI, "fused"), (ADAN, "foreach")], ids=lambda x: x if isinstance(x, str) else x.cls.__name__)
 @pytest.mark.parametrize("devices", [["cpu"], pytest.param(["cuda:0"], marks=pytest.mark.gpu), pytest.param(["cuda:0", "cuda:1"], marks=TWO_GPUS)], ids=str)
-@pytest.mark.parametrize("impl", ["foreach", "fused"])
-def test_mixed_device_dtype(devices, impl):
+def test_mixed_device_dtype(kind, devices, impl):
     params = [torch.rand(2, 3, dtype=dtype, device=device, requires_grad=True) for device in devices for dtype in DTYPES]
     grads = [torch.rand_like(p) for p in params]
-    for given in plain_inputs(devices[0]):
+    for given in kind.inputs(devices[0]):
         if impl == "fused" and given.kwargs.get("capturable"):
             continue
         results = []
         for use in (False, True):
             clones = [p.detach().clone().requires_grad_() for p in params]
-            opt = SGDSaI(clones, **{**given.kwargs, impl: use})
+            opt = kind.cls(clones, **{**given.kwargs, impl: use})
             for _ in range(7 if impl == "foreach" else 1):
                 for p, g in zip(clones, grads):
                     p.grad = g.clone()
@@ -454,36 +631,38 @@ def test_mixed_device_dtype(devices, impl):
             CHECK.assertEqual(t, s, rtol=5 * rtol, atol=5 * atol)
 
 
+@each_kind
 @each_device
-def test_set_default_dtype_works_with_foreach(device):
+def test_set_default_dtype_works_with_foreach(kind, device):
     before = torch.get_default_dtype()
     for default in (torch.float64, torch.float16):
         try:
             torch.set_default_dtype(default)
-            derived_optimizers(device, torch.float64, "foreach", **(dict(atol=1e-5, rtol=1e-4) if default == torch.float16 else {}))
+            if "foreach" in kind.supports:
+                derived_optimizers(kind, device, torch.float64, "foreach", **(dict(atol=1e-5, rtol=1e-4) if default == torch.float16 else {}))
             p = Parameter(torch.randn(3, 2, dtype=torch.float32, device=device))
-            p.grad = torch.randn_like(p)
-            opt = SGDSaI([p], capturable=True)
+            kind.give(p, torch.randn_like(p))
+            opt = kind.cls([p], **(dict(capturable=True) if kind.capturable else {}))
             opt.step()
-            assert opt.state[p]["gsnr"].dtype == torch.float32
+            assert opt.state[p][kind.number].dtype == opt.state[p][kind.average].dtype == torch.float32
         finally:
             torch.set_default_dtype(before)
 
 
-def large_tensor_step(given, **flags):
+def large_tensor_step(kind, given, **flags):
     p = torch.ones(2**32, device="cuda", dtype=torch.float16)
     p.grad = torch.empty_like(p).normal_()
-    SGDSaI([p], **flags, **given.kwargs).step()
+    kind.cls([p], **flags, **given.kwargs).step()
     assert p[-1] != 1 and p[2**31] != 1
 
 
+@with_foreach
 @only_cuda
-@pytest.mark.parametrize("flag", ["foreach"])
-def test_foreach_large_tensor(device, flag):
+def test_foreach_large_tensor(kind, device):
     if torch.cuda.mem_get_info()[0] < 72e9:
         pytest.skip("needs 72 GB of GPU memory")
-    for given in optim_inputs(device)[:3]:
-        large_tensor_step(given, foreach=True)
+    for given in kind.optim_inputs(device)[:3]:
+        large_tensor_step(kind, given, foreach=True)
 
 
 @each_device
@@ -498,19 +677,20 @@ def test_fused_large_tensor(device):
         return
     if torch.cuda.mem_get_info()[0] < 64e9:
         pytest.skip("needs 64 GB of GPU memory")
-    for given in optim_inputs(device)[:3]:
-        large_tensor_step(given, fused=True)
+    for given in SGDSAI.optim_inputs(device)[:3]:
+        large_tensor_step(SGDSAI, given, fused=True)
 
 
+@with_foreach
 @only_cuda
-def test_peak_memory_foreach(device):
-    for given in plain_inputs(device):
+def test_peak_memory_foreach(kind, device):
+    for given in kind.inputs(device):
         peaks = []
         for flag in (False, True):
             params = [torch.rand(16, 8, device=device) for _ in range(10)]  # 512 bytes, the block size of the allocator
             for p in params:
                 p.grad = torch.rand_like(p)
-            opt = SGDSaI(params, **given.kwargs, foreach=flag, fused=False)
+            opt = kind.cls(params, **{**given.kwargs, **kind.loop, "foreach": flag})
             opt.step()
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
@@ -545,7 +725,7 @@ def scaler_for(device):
 
 @each_device
 def test_fused_does_not_step_if_foundinf(device):
-    for given in optim_inputs(device):
+    for given in SGDSAI.optim_inputs(device):
         params = [Parameter(torch.ones(1, device=device)) for _ in range(5)]
         opt, scaler = SGDSaI(params, fused=True, **given.kwargs), scaler_for(device)
         scaler.scale(sum(p.sum() for p in params)).backward()
@@ -559,115 +739,126 @@ def test_fused_does_not_step_if_foundinf(device):
         assert all(p.item() != 1 for p in params) and set(opt.scales().values()) <= {1.0}
 
 
+@each_kind
 @each_device
-@pytest.mark.parametrize("impl", ["forloop", "foreach", "fused"])
-def test_grad_scaling_autocast_fused_optimizers(device, impl):
-    flags = {"forloop": dict(foreach=False, fused=False), "foreach": dict(foreach=True), "fused": dict(fused=True)}[impl]
-    for given in optim_inputs(device):
+def test_grad_scaling_autocast_fused_optimizers(kind, device):
+    for given, flags in itertools.product(kind.optim_inputs(device), kind.implementations):
         runs = []
         for scaled in (False, True):
             model, x = small_net(torch.float32, device), torch.ones(3, 2, device=device)
-            opt, scaler = SGDSaI(model.parameters(), **deepcopy(given.kwargs), **flags), torch.amp.GradScaler(device, init_scale=128.0, enabled=scaled)
+            opt, scaler = kind.cls(model.parameters(), **deepcopy(given.kwargs), **flags), torch.amp.GradScaler(device, init_scale=128.0, enabled=scaled)
             for _ in range(4):
                 opt.zero_grad()
                 with torch.autocast(device, torch.bfloat16):
                     loss = model(x).float().sum()
-                scaler.scale(loss).backward()
-                scaler.unscale_(opt)
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1e6)
+                kind.backward(scaler.scale(loss))
+                if not kind.create_graph:  # refused there
+                    scaler.unscale_(opt)
+                    torch.nn.utils.clip_grad_norm_(model.parameters(), 1e6)
                 scaler.step(opt)
                 scaler.update()
             runs.append(snapshot(opt, model.parameters()))
         CHECK.assertEqual(*runs, msg=given.desc)
 
 
+@each_kind
 @only_cuda
-@pytest.mark.parametrize("impl", ["fused", "capturable"])
-def test_cpu_load_state_dict(device, impl):
-    for given in optim_inputs("cpu"):
-        p = torch.tensor([0.1, 0.2])
-        opt = SGDSaI([p], **given.kwargs)
-        p.grad = torch.rand_like(p)
+@pytest.mark.parametrize("impl", ["fused", "capturable", None])
+def test_cpu_load_state_dict(kind, device, impl):
+    if impl is not None and not (impl in kind.supports or (impl == "capturable" and kind.capturable)):
+        pytest.skip(f"{kind.cls.__name__} has no {impl}")
+    for given in kind.optim_inputs("cpu"):
+        p = Parameter(torch.tensor([0.1, 0.2]))
+        opt = kind.cls([p], **given.kwargs)
+        kind.give(p, torch.rand_like(p))
         opt.step()
         saved = deepcopy(opt.state_dict())
-        saved["param_groups"][0][impl] = True
-        q = p.detach().clone().to(device)
-        other = SGDSaI([q], **{**given.kwargs, impl: True})
+        if impl is not None:
+            saved["param_groups"][0][impl] = True
+        q = Parameter(p.detach().clone().to(device))
+        other = kind.cls([q], **{**given.kwargs, **({impl: True} if impl is not None else {})})
         other.load_state_dict(saved)
-        q.grad = torch.rand_like(q)
+        kind.give(q, torch.rand_like(q))
         other.step()
-        assert all(v.device.type == "cuda" for v in other.state[q].values() if isinstance(v, torch.Tensor))
+        assert all(v.device.type == "cuda" for key, v in other.state[q].items() if isinstance(v, torch.Tensor) and (impl == "capturable" or v.ndim))
 
 
+@each_kind
 @each_device
-def test_param_groups_weight_decay(device):
-    for given in all_inputs(device):
-        weight, bias, closure = problem(device)
-        opt = SGDSaI([dict(params=[weight], **slowly(given.kwargs)), dict(params=[bias], **{**slowly(given.kwargs), "weight_decay": 0.0})])
+def test_param_groups_weight_decay(kind, device):
+    for given in kind.all_inputs(device):
+        weight, bias, closure = problem(kind, device)
+        opt = kind.cls([dict(params=[weight], **kind.slowly(given.kwargs)), dict(params=[bias], **{**kind.slowly(given.kwargs), "weight_decay": 0.0})])
         before = closure().item()
         for _ in range(20):
             closure()
             opt.step()
-        assert_right_direction(before, closure().item(), given.kwargs)
+        assert_right_direction(before, closure().item(), given)
 
 
+@each_kind
 @each_device
-def test_param_groups_weight_decay_is_applied_to_its_group_alone(device):
-    for given in all_inputs(device):
+def test_param_groups_weight_decay_is_applied_to_its_group_alone(kind, device):
+    for given in kind.all_inputs(device):
         params = [Parameter(torch.randn(4, 3, device=device)) for _ in range(2)]
         before = [p.detach().clone() for p in params]
         kwargs = {**given.kwargs, "lr": 0.1}
-        opt = SGDSaI([dict(params=params[:1], **{**kwargs, "weight_decay": 0.5}), dict(params=params[1:], **{**kwargs, "weight_decay": 0.0})])
+        opt = kind.cls([dict(params=params[:1], **{**kwargs, "weight_decay": 0.5}), dict(params=params[1:], **{**kwargs, "weight_decay": 0.0})])
         for p in params:
-            p.grad = torch.zeros_like(p)
+            kind.give(p, torch.zeros_like(p))
         opt.step()
-        CHECK.assertEqual([p.detach() for p in params], [before[0] * 0.95, before[1]])
+        factor = 1 / 1.05 if kind is ADAN and not kwargs.get("no_prox") else 0.95
+        CHECK.assertEqual([p.detach() for p in params], [before[0] * factor, before[1]])
 
 
+@each_kind
 @each_device
-def test_param_groups_lr(device):
-    for given in all_inputs(device):
-        weight, bias, closure = problem(device)
+def test_param_groups_lr(kind, device):
+    for given in kind.all_inputs(device):
+        weight, bias, closure = problem(kind, device)
         still = Parameter(torch.randn(2, device=device))
         before_still = still.detach().clone()
-        opt = SGDSaI([dict(params=[weight, bias], **slowly(given.kwargs)), dict(params=[still])], lr=1e-28)
+        opt = kind.cls([dict(params=[weight, bias], **kind.slowly(given.kwargs)), dict(params=[still])], lr=1e-28)
         before = closure().item()
         for _ in range(20):
             closure()
-            still.grad = torch.rand_like(still)
+            kind.give(still, torch.rand_like(still))
             opt.step()
-        assert_right_direction(before, closure().item(), given.kwargs)
+        assert_right_direction(before, closure().item(), given)
         CHECK.assertEqual(still, before_still)
 
 
+@each_kind
 @each_device
-def test_step_is_noop_when_params_have_no_grad(device):
-    for given in all_inputs(device, skip=()):
+def test_step_is_noop_when_params_have_no_grad(kind, device):
+    for given in kind.all_inputs(device, skip=()):
         params = [torch.randn(2, 3, device=device) for _ in range(2)]
         before = [p.clone() for p in params]
-        opt = SGDSaI(params, **given.kwargs)
+        opt = kind.cls(params, **given.kwargs)
         assert opt.step(lambda: torch.tensor([1], device=device)).item() == 1
         assert all(torch.equal(p, q) for p, q in zip(params, before)) and not any(opt.state.values())
 
 
+@each_kind
 @each_device
-def test_step_is_noop_for_zero_grads(device):
-    for given in all_inputs(device, skip=()):
+def test_step_is_noop_for_zero_grads(kind, device):
+    for given in kind.all_inputs(device, skip=()):
         kwargs = {**given.kwargs, "weight_decay": 0.0}  # decay is applied whatever the gradient
         param = torch.randn(5, 1, device=device, requires_grad=True)
         before = param.detach().clone()
         p = param.clone() if kwargs.get("differentiable") else param
-        opt = SGDSaI([p], **kwargs)
-        p.grad = torch.zeros_like(p)
+        opt = kind.cls([p], **kwargs)
+        kind.give(p, torch.zeros_like(p))
         opt.step(lambda: torch.tensor([1], device=device))
         assert torch.equal(p, before)
 
 
+@each_kind
 @each_device
-def test_optimizer_can_be_printed(device):
-    for given in all_inputs(device, skip=()):
-        text = repr(SGDSaI([Parameter(torch.randn(2, 3, device=device)) for _ in range(2)], **given.kwargs))
-        assert text.startswith("SGDSaI (") and "max_ratio" in text
+def test_optimizer_can_be_printed(kind, device):
+    for given in kind.all_inputs(device, skip=()):
+        text = repr(kind.cls([Parameter(torch.randn(2, 3, device=device)) for _ in range(2)], **given.kwargs))
+        assert text.startswith(f"{kind.cls.__name__} (") and all(name in text for name in kind.own_flags)
 
 
 def named(params, do):
@@ -678,23 +869,23 @@ def without_names(state_dict):
     return {**state_dict, "param_groups": [{k: v for k, v in group.items() if k != "param_names"} for group in state_dict["param_groups"]]}
 
 
+@each_kind
 @each_device
 @pytest.mark.parametrize("is_named_optim0", [True, False])
 @pytest.mark.parametrize("is_named_optim1", [True, False])
-def test_state_dict_deterministic(device, is_named_optim0, is_named_optim1):
-    for given in all_inputs(device):
-        weight, bias, closure = problem(device)
-        opt = SGDSaI(named([weight, bias], is_named_optim0), **given.kwargs)
+def test_state_dict_deterministic(kind, device, is_named_optim0, is_named_optim1):
+    for given in kind.all_inputs(device):
+        weight, bias, _ = problem(kind, device)
+        x = torch.randn(5, device=device)
+        opt = kind.cls(named([weight, bias], is_named_optim0), **given.kwargs)
         for _ in range(10):
-            closure()
+            evaluate(kind, weight, bias, x)
             opt.step()
         copies = [Parameter(p.detach().clone()) for p in (weight, bias)]
-        other = SGDSaI(named(copies, is_named_optim1), **given.kwargs)
+        other = kind.cls(named(copies, is_named_optim1), **given.kwargs)
         other.load_state_dict(deepcopy(opt.state_dict()))
         for _ in range(10):
-            closure()
-            for p, q in zip((weight, bias), copies):
-                q.grad = p.grad.clone()
+            evaluate(kind, weight, bias, x), evaluate(kind, *copies, x)
             opt.step(), other.step()
             assert torch.equal(weight, copies[0]) and torch.equal(bias, copies[1])
         a, b = without_names(opt.state_dict()), without_names(other.state_dict())
@@ -703,7 +894,7 @@ def test_state_dict_deterministic(device, is_named_optim0, is_named_optim1):
         CHECK.assertEqual(without_names(opt.state_dict())["param_groups"][-1], without_names(other.state_dict())["param_groups"][-1])
 
 
-def conv_net(device):
+def conv_net(kind, device):
     torch.manual_seed(1)
     model = torch.nn.Sequential(torch.nn.Conv2d(4, 2, 1, stride=2), torch.nn.BatchNorm2d(2)).to(device)
     x = torch.rand(1, 4, 16, 16, device=device)
@@ -711,52 +902,55 @@ def conv_net(device):
     def closure():
         model.zero_grad()
         loss = (model(x) ** 3).sum()
-        loss.backward()
+        kind.backward(loss)
         return loss
 
     return model, closure
 
 
+@each_kind
 @each_device
-def test_can_load_older_state_dict(device):
-    assert {"foreach", "fused", "differentiable", "maximize", "capturable", "nesterov"} <= set(INFO.not_og_supported_flags)
-    for given in all_inputs(device):
-        model, closure = conv_net(device)
-        opt = SGDSaI(model.parameters(), **given.kwargs)
+def test_can_load_older_state_dict(kind, device):
+    assert "maximize" in kind.own_flags and set(kind.supports) - {"foreach"} <= set(kind.own_flags) <= set(kind.cls([torch.ones(1)]).defaults)
+    for given in kind.all_inputs(device):
+        model, closure = conv_net(kind, device)
+        opt = kind.cls(model.parameters(), **given.kwargs)
         for _ in range(3):
             opt.step(closure)
         old = deepcopy(opt.state_dict())
         for group in old["param_groups"]:
-            for flag in INFO.not_og_supported_flags:
+            for flag in kind.own_flags:
                 group.pop(flag, None)
         opt.load_state_dict(old)
-        for flag in INFO.not_og_supported_flags:  # what the file does not say is as the optimizer was built
-            assert opt.param_groups[0][flag] == given.kwargs.get(flag, inspect.signature(SGDSaI).parameters[flag].default)
+        for flag in kind.own_flags:  # what the file does not say is as the optimizer was built
+            assert opt.param_groups[0][flag] == given.kwargs.get(flag, inspect.signature(kind.cls).parameters[flag].default)
         opt.step(closure)
 
 
+@each_kind
 @each_device
 @pytest.mark.parametrize("is_named_optim0", [True, False])
 @pytest.mark.parametrize("is_named_optim1", [True, False])
-def test_can_load_from_to_named_state_dict(device, is_named_optim0, is_named_optim1):
-    for given in all_inputs(device):
-        model, closure = conv_net(device)
-        opt = SGDSaI(model.named_parameters() if is_named_optim0 else model.parameters(), **given.kwargs)
+def test_can_load_from_to_named_state_dict(kind, device, is_named_optim0, is_named_optim1):
+    for given in kind.all_inputs(device):
+        model, closure = conv_net(kind, device)
+        opt = kind.cls(model.named_parameters() if is_named_optim0 else model.parameters(), **given.kwargs)
         for _ in range(3):
             opt.step(closure)
-        other = SGDSaI(model.named_parameters() if is_named_optim1 else model.parameters(), **given.kwargs)
+        other = kind.cls(model.named_parameters() if is_named_optim1 else model.parameters(), **given.kwargs)
         other.load_state_dict(deepcopy(opt.state_dict()))
         other.step(closure)
         if is_named_optim0 or is_named_optim1:
-            assert other.state_dict()["param_groups"][0]["param_names"] == ["0.weight", "0.bias", "1.weight", "1.bias"] == list(other.scales())
+            assert other.state_dict()["param_groups"][0]["param_names"] == ["0.weight", "0.bias", "1.weight", "1.bias"]
 
 
+@each_kind
 @each_device
 @pytest.mark.parametrize("is_named_optim", [True, False])
-def test_save_load_equality_with_weights_only(device, is_named_optim):
-    for given in all_inputs(device):
-        weight, bias, closure = problem(device)
-        opt = SGDSaI(named([weight, bias], is_named_optim), **given.kwargs, **({} if given.kwargs.get("fused") else dict(state_dtype=torch.float64)))
+def test_save_load_equality_with_weights_only(kind, device, is_named_optim):
+    for given in kind.all_inputs(device):
+        weight, bias, closure = problem(kind, device)
+        opt = kind.cls(named([weight, bias], is_named_optim), **given.kwargs, **({} if given.kwargs.get("fused") else dict(state_dtype=torch.float64)))
         for _ in range(3):
             opt.step(closure)
         saved = opt.state_dict()
@@ -801,52 +995,62 @@ def test_state_dict_keeps_scales_that_were_set_by_hand(device, capturable):
     assert opts[1].scales() == {"p": 50.0} and torch.equal(opts[1].state[q]["momentum_buffer"], opts[0].state[p]["momentum_buffer"])
 
 
+@each_kind
 @each_device
-def test_load_nontensor_step(device):
-    for given in all_inputs(device):
+def test_load_nontensor_step(kind, device):
+    for given in kind.all_inputs(device):
         params = [Parameter(torch.randn(2, 3, device=device)) for _ in range(2)]
-        for p in params:
-            p.grad = torch.rand_like(p)
-        opt = SGDSaI(params, **given.kwargs)
-        for _ in range(3):
+        opt = kind.cls(params, **given.kwargs)
+
+        def step():
+            for p in params:
+                kind.give(p, torch.rand_like(p))
             opt.step()
-        scales = opt.scales()
-        for convert in (lambda G: float(G), lambda G: torch.tensor(float(G)), lambda G: torch.tensor([float(G)])[0].to(device)):
+
+        for _ in range(3):
+            step()
+        for t, convert in enumerate((lambda n: float(n), lambda n: torch.tensor(float(n)), lambda n: torch.tensor([float(n)])[0].to(device)), 4):
+            numbers = [float(opt.state[p][kind.number]) for p in params]
             saved = deepcopy(opt.state_dict())
             for state in saved["state"].values():
-                state["gsnr"] = convert(state["gsnr"])
+                state[kind.number] = convert(state[kind.number])
             opt.load_state_dict(saved)
-            opt.step()
-            assert opt.scales() == pytest.approx(scales, rel=0 if isinstance(state["gsnr"], float) else 1e-7)
-            assert all(isinstance(opt.state[p]["gsnr"], torch.Tensor if given.kwargs.get("capturable") else float) for p in params)
+            step()
+            now = [float(opt.state[p][kind.number]) for p in params]
+            assert now == pytest.approx(numbers, rel=0 if isinstance(state["gsnr"], float) else 1e-7) if kind is SGDSAI else now == [t, t]
+            expected = float if kind is SGDSAI and not given.kwargs.get("capturable") else torch.Tensor
+            assert all(isinstance(opt.state[p][kind.number], expected) for p in params)
 
 
+@each_kind
 @only_cuda
-def test_state_dict_with_cuda_params(device):
-    for given in all_inputs("cpu"):
-        params = [Parameter(torch.randn(2, 3)) for _ in range(2)]
-        for p in params:
-            p.grad = torch.randn_like(p)
-        opt = SGDSaI(params, **given.kwargs)
-        for _ in range(3):
+def test_state_dict_with_cuda_params(kind, device):
+    for given in kind.all_inputs("cpu"):
+        params, grads = [Parameter(torch.randn(2, 3)) for _ in range(2)], [torch.randn(2, 3) for _ in range(2)]
+
+        def step(opt, params):
+            for p, g in zip(params, grads):
+                kind.give(p, g.to(p.device))
             opt.step()
+
+        opt = kind.cls(params, **given.kwargs)
+        for _ in range(3):
+            step(opt, params)
         cuda = [Parameter(p.detach().to(device)) for p in params]
-        for p, q in zip(params, cuda):
-            q.grad = p.grad.to(device)
-        other = SGDSaI(cuda, **given.kwargs)
+        other = kind.cls(cuda, **given.kwargs)
         saved, kept = deepcopy(opt.state_dict()), deepcopy(opt.state_dict())
         other.load_state_dict(saved)
         CHECK.assertEqual(saved, kept)
         for q in cuda:
-            assert all(v.device == q.device for v in other.state[q].values() if isinstance(v, torch.Tensor))
+            assert all(v.device == q.device for v in other.state[q].values() if isinstance(v, torch.Tensor) and (v.ndim or given.kwargs.get("capturable")))
         for _ in range(5):
-            opt.step(), other.step()
+            step(opt, params), step(other, cuda)
             CHECK.assertEqual(params, cuda, exact_device=False)
             CHECK.assertEqual(opt.state_dict(), other.state_dict(), exact_device=False)
 
 
-def one_param(device, given):
-    return SGDSaI([torch.rand(2, 3, device=device, requires_grad=True)], **given.kwargs)
+def one_param(kind, device, given):
+    return kind.cls([torch.rand(2, 3, device=device, requires_grad=True)], **given.kwargs)
 
 
 def state_dict_pre_hook(opt):
@@ -858,26 +1062,29 @@ def state_dict_post_hook(opt, state_dict):
     return state_dict
 
 
+@each_kind
 @each_device
-def test_state_dict_pre_hook(device):
-    for given in all_inputs(device, skip=()):
-        opt = one_param(device, given)
+def test_state_dict_pre_hook(kind, device):
+    for given in kind.all_inputs(device, skip=()):
+        opt = one_param(kind, device, given)
         opt.register_state_dict_pre_hook(state_dict_pre_hook)
         assert opt.state_dict()["state"]["test"] == 1
 
 
+@each_kind
 @each_device
-def test_state_dict_post_hook(device):
-    for given in all_inputs(device, skip=()):
-        opt = one_param(device, given)
+def test_state_dict_post_hook(kind, device):
+    for given in kind.all_inputs(device, skip=()):
+        opt = one_param(kind, device, given)
         opt.register_state_dict_post_hook(state_dict_post_hook)
         assert not opt.state_dict()["ran_state_dict_pre_hook"]
 
 
+@each_kind
 @each_device
-def test_state_dict_pre_post_hook(device):
-    for given in all_inputs(device, skip=()):
-        opt = one_param(device, given)
+def test_state_dict_pre_post_hook(kind, device):
+    for given in kind.all_inputs(device, skip=()):
+        opt = one_param(kind, device, given)
         opt.register_state_dict_pre_hook(state_dict_pre_hook)
         opt.register_state_dict_post_hook(state_dict_post_hook)
         saved = opt.state_dict()
@@ -899,10 +1106,11 @@ def note_lr(opt):
     opt.state["ran_load_state_dict_post_hook"] = True
 
 
+@each_kind
 @each_device
-def test_load_state_dict_pre_hook_and_prepend(device):
-    for given in all_inputs(device, skip=()):
-        opt = one_param(device, given)
+def test_load_state_dict_pre_hook_and_prepend(kind, device):
+    for given in kind.all_inputs(device, skip=()):
+        opt = one_param(kind, device, given)
         saved = opt.state_dict()
         opt.register_load_state_dict_pre_hook(set_lr_in_place)
         opt.load_state_dict(saved)
@@ -915,55 +1123,59 @@ def test_load_state_dict_pre_hook_and_prepend(device):
         assert opt.param_groups[0]["lr"] == 0.003
 
 
+@each_kind
 @each_device
-def test_load_state_dict_post_hook(device):
-    for given in all_inputs(device, skip=()):
-        opt = one_param(device, given)
+def test_load_state_dict_post_hook(kind, device):
+    for given in kind.all_inputs(device, skip=()):
+        opt = one_param(kind, device, given)
         opt.register_load_state_dict_post_hook(note_lr)
         opt.load_state_dict(opt.state_dict())
         assert not opt.state["ran_load_state_dict_pre_hook2"] and opt.state["ran_load_state_dict_post_hook"]
 
 
+@each_kind
 @each_device
-def test_load_state_dict_pre_post_hook(device):
-    for given in all_inputs(device, skip=()):
-        opt = one_param(device, given)
+def test_load_state_dict_pre_post_hook(kind, device):
+    for given in kind.all_inputs(device, skip=()):
+        opt = one_param(kind, device, given)
         opt.register_load_state_dict_pre_hook(set_lr_in_a_copy)
         opt.register_load_state_dict_post_hook(note_lr)
         opt.load_state_dict(opt.state_dict())
         assert opt.state["ran_load_state_dict_pre_hook2"] and opt.state["ran_load_state_dict_post_hook"]
 
 
+@each_kind
 @each_device
-def test_load_state_dict_hooks_see_and_change_the_loaded_state(device):
+def test_load_state_dict_hooks_see_and_change_the_loaded_state(kind, device):
     p = Parameter(torch.randn(4, 3, device=device).bfloat16())
-    p.grad = torch.randn_like(p)
-    opt = SGDSaI([p], state_dtype=torch.float32)
+    kind.give(p, torch.randn_like(p))
+    opt = kind.cls([p], state_dtype=torch.float32)
     opt.step()
-    G, m = opt.state[p]["gsnr"], opt.state[p]["momentum_buffer"].clone()
+    number, m = opt.state[p][kind.number], opt.state[p][kind.average].clone()
     seen = []
 
     def before(opt, saved):
         saved = deepcopy(saved)
-        saved["state"][0]["momentum_buffer"].mul_(2)
+        saved["state"][0][kind.average].mul_(2)
         return saved
 
     def after(opt):
-        seen.append((opt.state[p]["gsnr"], opt.state[p]["momentum_buffer"].clone()))
-        opt.state[p]["momentum_buffer"].add_(1)
+        seen.append((opt.state[p][kind.number], opt.state[p][kind.average].clone()))
+        opt.state[p][kind.average].add_(1)
 
     opt.register_load_state_dict_pre_hook(before)
     opt.register_load_state_dict_post_hook(after)
     saved = opt.state_dict()
     opt.load_state_dict(saved)
-    assert seen[0][0] == G and torch.equal(seen[0][1], 2 * m)  # restored to the last bit before the hook runs
-    assert torch.equal(opt.state[p]["momentum_buffer"], 2 * m + 1)  # and what the hook does, stays
+    assert m.dtype == torch.float32
+    assert seen[0][0] == number and torch.equal(seen[0][1], 2 * m)  # restored to the last bit before the hook runs
+    assert torch.equal(opt.state[p][kind.average], 2 * m + 1)  # and what the hook does, stays
     assert len(opt._optimizer_load_state_dict_pre_hooks) == len(opt._optimizer_load_state_dict_post_hooks) == 1
 
 
-def step_hook_runs_until_it_is_removed(device, register):
-    for given in all_inputs(device, skip=()):
-        opt, count = SGDSaI([torch.tensor([1.0, 1.0], device=device)], **given.kwargs), []
+def step_hook_runs_until_it_is_removed(kind, device, register):
+    for given in kind.all_inputs(device, skip=()):
+        opt, count = kind.cls([torch.tensor([1.0, 1.0], device=device)], **given.kwargs), []
         handle = getattr(opt, register)(lambda opt, args, kwargs: count.append(1))
         opt.step(), opt.step()
         assert len(count) == 2
@@ -972,22 +1184,25 @@ def step_hook_runs_until_it_is_removed(device, register):
         assert len(count) == 2
 
 
+@each_kind
 @each_device
-def test_step_pre_hook(device):
-    step_hook_runs_until_it_is_removed(device, "register_step_pre_hook")
+def test_step_pre_hook(kind, device):
+    step_hook_runs_until_it_is_removed(kind, device, "register_step_pre_hook")
 
 
+@each_kind
 @each_device
-def test_step_post_hook(device):
-    step_hook_runs_until_it_is_removed(device, "register_step_post_hook")
+def test_step_post_hook(kind, device):
+    step_hook_runs_until_it_is_removed(kind, device, "register_step_post_hook")
 
 
+@each_kind
 @each_device
-def test_step_all_hooks(device):
+def test_step_all_hooks(kind, device):
     params = [torch.tensor([1.0, 1.0], device=device)]
-    for given in all_inputs(device, skip=()):
+    for given in kind.all_inputs(device, skip=()):
         order = []
-        opts = [SGDSaI(params, **given.kwargs), SGD(params)]
+        opts = [kind.cls(params, **given.kwargs), SGD(params)]
         handles = [register_optimizer_step_pre_hook(lambda *a: order.append(0)), register_optimizer_step_post_hook(lambda *a: order.append(5))]
         for opt in opts:
             handles.append(opt.register_step_pre_hook(lambda *a: order.append(1)))
@@ -1002,77 +1217,90 @@ def test_step_all_hooks(device):
         assert order == [0, 1, 2, 5] * 3
 
 
+@each_kind
 @each_device
-def test_deepcopy_copies_all_public_attrs(device):
-    for given in all_inputs(device):
+def test_deepcopy_copies_all_public_attrs(kind, device):
+    for given in kind.all_inputs(device):
         params = [Parameter(torch.randn(2, 3, device=device)) for _ in range(2)]
-        for p in params:
-            p.grad = torch.rand_like(p)
-        opt = SGDSaI(params, **given.kwargs)
+        opt = kind.cls(params, **given.kwargs)
         for _ in range(3):
+            for p in params:
+                kind.give(p, torch.rand_like(p))
             opt.step()
         twin = deepcopy(opt)
         assert [{name for name in vars(o) if not name.startswith("_")} for o in (opt, twin)] == [{"defaults", "state", "param_groups"}] * 2
         CHECK.assertEqual(twin.state_dict(), opt.state_dict(), rtol=0, atol=0)
 
 
+def function_called(kind, name, p, **kwargs):
+    "Whether a step of the parameter p calls this function of the optimizer's module."
+    kind.give(p, torch.randn_like(p))
+    opt = kind.cls([p], **kwargs)
+    with patch.object(kind.module, name) as mocked:
+        opt.step()
+    return mocked.called
+
+
+@with_foreach
 @each_device
-def test_defaults_changed_to_foreach(device):
-    expected = {"cpu": "_fused", "cuda": "_foreach"}[device]
-    for given in optim_inputs(device):
+def test_defaults_changed_to_foreach(kind, device):
+    large = {"cuda": "_foreach", "cpu": "_fused" if kind is SGDSAI else "_for_loop"}[device]
+    for given in kind.optim_inputs(device):
+        if not given.kwargs.get("restart_radius"):  # which needs to look at one parameter after the other
+            assert function_called(kind, large, Parameter(torch.rand(5, 5, device=device)), **given.kwargs)
+            assert kind is SGDSAI or function_called(kind, "_foreach", Parameter(torch.rand(2, 2, device=device)), **given.kwargs)
+
+
+@pytest.mark.parametrize("kind, flags, expected", [
+    (SGDSAI, dict(foreach=True), "_foreach"), (SGDSAI, dict(fused=True), "_fused"), (SGDSAI, dict(foreach=False), "_for_loop"), (SGDSAI, dict(fused=False), "_for_loop"),
+    (SGDSAI, dict(differentiable=True), "_for_loop"), (ADAN, dict(foreach=True), "_foreach"), (ADAN, dict(foreach=False), "_for_loop"),
+    (ADAN, dict(differentiable=True), "_step_differentiable"), (ADAN, dict(foreach=True, restart_radius=1.0), "_for_loop")],
+    ids=lambda x: x.cls.__name__ if isinstance(x, Kind) else str(x))
+@each_device
+def test_flags_choose_the_implementation(kind, device, flags, expected):
+    for n in (3, 30):
+        p = torch.rand(n, device=device)
+        assert function_called(kind, expected, p, **flags)
+
+
+@each_kind
+@each_device
+def test_non_empty_state(kind, device):
+    for given in kind.all_inputs(device):
         model = torch.nn.Linear(5, 5).to(device)
-        opt = SGDSaI(model.parameters(), **given.kwargs)
-        model(torch.rand(2, 5, device=device)).sum().backward()
-        with patch.object(sgd_sai.optimizer, expected) as mocked:
-            opt.step()
-        assert mocked.called
-
-
-@each_device
-@pytest.mark.parametrize("flags, expected", [(dict(foreach=True), "_foreach"), (dict(fused=True), "_fused"), (dict(foreach=False), "_for_loop"),
-                                             (dict(fused=False), "_for_loop"), (dict(differentiable=True), "_for_loop")])
-def test_flags_choose_the_implementation(device, flags, expected):
-    p = torch.rand(3, device=device)
-    p.grad = torch.randn_like(p)
-    with patch.object(sgd_sai.optimizer, expected) as mocked:
-        SGDSaI([p], **flags).step()
-    assert mocked.called
-
-
-@each_device
-def test_non_empty_state(device):
-    for given in all_inputs(device):
-        model = torch.nn.Linear(5, 5).to(device)
-        opt = SGDSaI(model.parameters(), **given.kwargs)
-        model(torch.rand(2, 5, device=device)).sum().backward()
+        opt = kind.cls(model.parameters(), **given.kwargs)
+        kind.backward(model(torch.rand(2, 5, device=device)).square().sum())
         opt.step()
         for p in model.parameters():
-            assert set(opt.state[p]) == ({"gsnr"} if given.kwargs.get("momentum") == 0 else {"gsnr", "momentum_buffer"})
+            assert set(opt.state[p]) == kind.states(given.kwargs)
 
 
 @only_cuda
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_fused_cpu_matches_cuda(device, dtype):
-    for given in optim_inputs("cpu"):
+    for given in SGDSAI.optim_inputs("cpu"):
         models = [small_net(dtype, dev) for dev in ("cpu", device)]
         x = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5, 0.6], dtype=dtype).reshape(3, 2)
         compare_between([x, x.to(device)], models, [SGDSaI(model.parameters(), **given.kwargs, fused=True) for model in models])
 
 
+@with_foreach
 @only_cuda
 @pytest.mark.parametrize("foreach", [False, True])
-def test_cuda_graph_equals_eager(device, foreach):
-    for given in capturable_inputs(device):
+def test_cuda_graph_equals_eager(kind, device, foreach):
+    for given in kind.capturable_inputs(device):
+        if given.kwargs.get("restart_radius"):
+            continue
         runs = []
         start, grads = torch.randn(4, 3, device=device), torch.randn(6, 4, 3, device=device)
         for captured in (False, True):
             p = Parameter(start.clone())
             p.grad = grads[0].clone()
-            opt = SGDSaI([p], **deepcopy(given.kwargs), foreach=foreach)
+            opt = kind.cls([p], **deepcopy(given.kwargs), foreach=foreach)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 graph = torch.cuda.CUDAGraph()
-                if captured:
+                if captured and kind is SGDSAI:
                     with pytest.raises(RuntimeError, match="no scale yet"), torch.cuda.graph(torch.cuda.CUDAGraph()):
                         opt.step()
                     torch.cuda.synchronize()
@@ -1088,62 +1316,79 @@ def test_cuda_graph_equals_eager(device, foreach):
         CHECK.assertEqual(*runs, msg=given.desc)
 
 
-def after_step(p, grad, momentum_buffer, gsnr, kwargs, *hyperparameters):
-    "Parameter and momentum after one differentiable step, as a function of tensors that gradcheck can vary."
+def after_step(kind, p, grad, number, states, kwargs, *hyperparameters):
+    "Parameter and state after one differentiable step, as a function of tensors that gradcheck can vary."
     p = p.clone()
     p.grad = grad
-    opt = SGDSaI([p], differentiable=True, **{**kwargs, **dict(zip(("lr", "weight_decay"), hyperparameters))})
-    opt.state[p]["gsnr"] = gsnr
-    if momentum_buffer is not None:
-        opt.state[p]["momentum_buffer"] = momentum_buffer.clone()
+    opt = kind.cls([p], differentiable=True, **{**kwargs, **dict(zip(("lr", "weight_decay"), hyperparameters))})
+    opt.state[p].update({kind.number: number if isinstance(number, float) else number.clone(), **{key: value.clone() for key, value in states.items()}})
     opt.step()
-    return (p,) if momentum_buffer is None else (p, opt.state[p]["momentum_buffer"])
+    return (p, *(opt.state[p][key] for key in states))
 
 
 def leaf(*shape):
     return torch.rand(shape, dtype=torch.float64, requires_grad=True)
 
 
+DIFFERENTIABLE = [
+    (SGDSAI, dict(lr=0.9)), (SGDSAI, dict(lr=0.9, weight_decay=0.1, maximize=True)), (SGDSAI, dict(lr=0.9, nesterov=True)), (SGDSAI, dict(lr=0.9, momentum=0.0)),
+    (ADAN, dict(lr=0.9)), (ADAN, dict(lr=0.9, weight_decay=0.1, maximize=True)), (ADAN, dict(lr=0.9, weight_decay=0.1, no_prox=True)),
+    (ADAN, dict(lr=0.9, betas=(0.5, 0.0, 0.9), eps=0.1)),
+]
+
+
+@pytest.mark.parametrize("kind, kwargs", DIFFERENTIABLE, ids=lambda x: x.cls.__name__ if isinstance(x, Kind) else str(x))
 @only_cpu
-@pytest.mark.parametrize("kwargs", [dict(lr=0.9), dict(lr=0.9, weight_decay=0.1, maximize=True), dict(lr=0.9, nesterov=True), dict(lr=0.9, momentum=0.0)], ids=str)
-def test_differentiable(device, kwargs):
-    m = None if kwargs.get("momentum") == 0 else leaf(10)
-    assert torch.autograd.gradcheck(after_step, (leaf(10), leaf(10), m, 3.0, kwargs))
-    rest = {k: v for k, v in kwargs.items() if k != "lr"}
-    assert torch.autograd.gradcheck(after_step, (leaf(10), leaf(10), m, 3.0, rest, leaf(), leaf()))
+def test_differentiable(kind, device, kwargs):
+    keys = [key for key in kind.states(kwargs) if key != kind.number]
+    number = 3.0 if kind is SGDSAI else torch.tensor(3.0)
+
+    def f(p, grad, *rest):
+        return after_step(kind, p, grad, number, dict(zip(keys, rest)), {k: v for k, v in kwargs.items() if k != "lr" or len(rest) == len(keys)}, *rest[len(keys):])
+
+    assert torch.autograd.gradcheck(f, (leaf(10), leaf(10), *(leaf(10) for _ in keys)))
+    assert torch.autograd.gradcheck(f, (leaf(10), leaf(10), *(leaf(10) for _ in keys), leaf(), leaf()))  # with lr and weight_decay
 
 
-def meta_loss(p, kwargs, n, lr, weight_decay):
-    "Loss after n differentiable steps from a first gradient that starts everything; the scale is a given constant."
+def meta_loss(kind, p, kwargs, n, lr, weight_decay):
+    "Loss after n differentiable steps from a first gradient that starts everything; a scale is a given constant."
     p = p.clone()
-    opt = SGDSaI([("p", p)], differentiable=True, lr=lr, weight_decay=weight_decay, **kwargs)
-    opt.set_scales({"p": 3.0})
+    opt = kind.cls([("p", p)], differentiable=True, lr=lr, weight_decay=weight_decay, **kwargs)
+    if kind is SGDSAI:
+        opt.set_scales({"p": 3.0})
     weights = torch.linspace(0.1, 1, p.numel(), dtype=p.dtype)
     for _ in range(n):
-        loss = ((p * weights).sum() - 2) ** 2
+        loss = ((p * weights).sum() - 7) ** 2
         p.grad, = torch.autograd.grad(loss, p, create_graph=True)
         opt.step()
-    return ((p * weights).sum() - 2) ** 2
+    return ((p * weights).sum() - 7) ** 2
+
+
+META = [(SGDSAI, dict()), (SGDSAI, dict(nesterov=True)), (SGDSAI, dict(momentum=0.0)), (SGDSAI, dict(maximize=True)),
+        (ADAN, dict()), (ADAN, dict(no_prox=True)), (ADAN, dict(maximize=True, betas=(0.5, 0.5, 0.5)))]
 
 
 @only_cpu
 @pytest.mark.parametrize("n", [1, 2, 4])
-@pytest.mark.parametrize("kwargs", [dict(), dict(nesterov=True), dict(momentum=0.0), dict(maximize=True)], ids=str)
-def test_differentiable_lr_and_weight_decay(device, kwargs, n):
+@pytest.mark.parametrize("kind, kwargs", META, ids=lambda x: x.cls.__name__ if isinstance(x, Kind) else str(x))
+def test_differentiable_lr_and_weight_decay(kind, device, kwargs, n):
     lr, wd = torch.tensor(0.01, dtype=torch.float64, requires_grad=True), torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(meta_loss, (leaf(10), kwargs, n, lr, wd))
-    assert torch.autograd.gradcheck(meta_loss, (leaf(10), kwargs, n, 0.01, 0.3))
+    assert torch.autograd.gradcheck(partial(meta_loss, kind), (leaf(10), kwargs, n, lr, wd))
+    assert torch.autograd.gradcheck(partial(meta_loss, kind), (leaf(10), kwargs, n, 0.01, 0.3))
 
 
+@with_foreach
 @only_cpu
-def test_differentiable_equals_the_ordinary_step(device):
-    for given in optim_inputs(device):
+def test_differentiable_equals_the_ordinary_step(kind, device):
+    for given in kind.optim_inputs(device):
+        if given.kwargs.get("restart_radius"):
+            continue
         start, grads = torch.randn(4, 3), torch.randn(5, 4, 3)
         runs = []
         for differentiable in (False, True):
             p = start.clone().requires_grad_()
             p = p.clone() if differentiable else p
-            opt = SGDSaI([p], **deepcopy(given.kwargs), differentiable=differentiable)
+            opt = kind.cls([p], **deepcopy(given.kwargs), differentiable=differentiable)
             for g in grads:
                 p.grad = g.clone()
                 opt.step()
@@ -1163,4 +1408,4 @@ def test_every_check_of_pytorch_has_a_counterpart_here(device):
         load_state_dict_post_hook load_state_dict_pre_post_hook step_post_hook step_pre_hook step_all_hooks deepcopy_copies_all_public_attrs
         fused_cpu_matches_cuda defaults_changed_to_foreach non_empty_state""".split()
     missing = [name for name in there if f"test_{name}" not in globals()]
-    assert not missing and isinstance(SGDSaI([torch.ones(1)]), Optimizer) and re.match(r"\d+\.\d+", torch.__version__)
+    assert not missing and all(isinstance(kind.cls([torch.ones(1)]), Optimizer) for kind in (SGDSAI, ADAN, ADAHESSIAN)) and re.match(r"\d+\.\d+", torch.__version__)
