@@ -87,10 +87,15 @@ def _step_one(p, g, m, v, *, step:float, estimates:float, lr, betas, eps, weight
     if weight_decay: p.add_(p, alpha=-lr * weight_decay)
     p.addcdiv_(m, denominator, value=(lr if maximize else -lr) / debias(betas[0], step))
 
-# %% ../nbs/03_adahessian.ipynb #1d36a923
+# %% ../nbs/03_adahessian.ipynb #bce7aad5
+def _several(process_group) -> bool:
+    "Whether there is anybody to average with."
+    return process_group is not False and dist.is_available() and dist.is_initialized() and dist.get_world_size(process_group) > 1
+
 def _scale_of(opt) -> float|None:
     "What the loss was multiplied by: 1 without a GradScaler, None when the scaler has found infinities. Raises `RuntimeError` after `unscale_`."
     if getattr(opt, 'found_inf', None) is None: return 1.0
+    if _several(opt.process_group): dist.all_reduce(opt.found_inf, op=dist.ReduceOp.MAX, group=opt.process_group)      # all skip, or none
     if opt.found_inf.item(): return None
     if opt.grad_scale is None:
         raise RuntimeError('AdaHessian cannot go on after scaler.unscale_(optimizer): the gradients no longer match the graph that their curvature is computed from. '
@@ -103,7 +108,7 @@ def _without_graphs(opt:AveragingOptimizer):
         for p in group['params']:
             if p.grad is not None and p.grad.requires_grad: p.grad = p.grad.detach()
 
-# %% ../nbs/03_adahessian.ipynb #ddbe5236
+# %% ../nbs/03_adahessian.ipynb #fe11d544
 def _signs_of(opt, due:list[int]) -> Callable:
     "A function that draws the signs of a parameter from the stream of its group."
     index = {p: i for i in due for p in opt.param_groups[i]['params']}
@@ -118,7 +123,7 @@ def _signs_of(opt, due:list[int]) -> Callable:
 
 def _mean_over_processes(tensors:list[Tensor], process_group):
     "Replace the tensors by their means over the processes, in one collective for each dtype and device."
-    if process_group is False or not (dist.is_available() and dist.is_initialized()) or dist.get_world_size(process_group) == 1: return
+    if not _several(process_group): return
     together = {}
     for t in tensors: together.setdefault((t.device, t.dtype), []).append(t)
     for members in together.values():
@@ -180,7 +185,7 @@ def check_adahessian(
         if not (isinstance(group[name], int) and group[name] >= 1): raise ValueError(f'Invalid {name} value: {group[name]}')
     if group['state_dtype'] is not None and not group['state_dtype'].is_floating_point: raise ValueError(f"Invalid state_dtype value: {group['state_dtype']}")
 
-# %% ../nbs/03_adahessian.ipynb #53b425a5
+# %% ../nbs/03_adahessian.ipynb #c4be7b79
 class AdaHessian(AveragingOptimizer):
     """AdaHessian (arXiv 2006.00719): Adam with the diagonal of the Hessian in the denominator.
 
@@ -204,6 +209,7 @@ class AdaHessian(AveragingOptimizer):
         block_size:int=1, # entries of a matrix whose curvature is averaged; 1: none
         average_window:bool=True, # average tensors of more than two dimensions over all but the first two
         signed_average:bool=False, # average before taking absolute values, as printed in the paper
+        average_gradients:bool=False, # average the gradients over the processes too, for a model under no_sync
         seed:int=0, # of the random signs; the same in all processes
         maximize:bool=False, # go uphill
         state_dtype:torch.dtype|None=None, # dtype of the averages, e.g. torch.float32 for bfloat16 parameters; None: that of the parameter
@@ -232,9 +238,13 @@ class AdaHessian(AveragingOptimizer):
         if closure is not None:
             with torch.enable_grad(): loss = closure()
         try: ready = self._look()
+        except Exception:
+            for name in ('grad_scale', 'found_inf'): vars(self).pop(name, None)         # left by a GradScaler, whose next scale would be multiplied by it
+            raise
         finally: _without_graphs(self)
         if ready is None: return loss
         curvature, scale = ready
+        _mean_over_processes([p.grad for group in self.param_groups if group['average_gradients'] for p in self.with_grad(group)], self.process_group)
         for group in self.param_groups:
             for p in self.with_grad(group) if scale != 1 else (): p.grad.div_(scale)
             _step_group(self, group, curvature)
