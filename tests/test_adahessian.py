@@ -321,6 +321,7 @@ def on_half_of_the_batch(rank, store, out):
         "by hand": distributed_run(x, y),
         "a group of all": distributed_run(x, y, process_group=pair),
         "DistributedDataParallel, no_sync": distributed_run(x, y, wrapped=DistributedDataParallel),
+        "average_gradients": distributed_run(x, y, wrapped=DistributedDataParallel, average=False, average_gradients=True),
         "no averaging": distributed_run(x, y, average=False, process_group=False),
         "a group of one": distributed_run(x, y, average=False, process_group=alone[rank]),
         "gradients only": distributed_run(x, y, process_group=False),
@@ -350,7 +351,7 @@ def test_defect_distributed_average_is_discarded(tmp_path):
     exact = dict(rtol=1e-9, atol=1e-12)
     for rank, found in enumerate(results):
         half = distributed_run(*(t.chunk(2)[rank] for t in small_data()), average=False)
-        for how in ("by hand", "a group of all", "DistributedDataParallel, no_sync"):
+        for how in ("by hand", "a group of all", "DistributedDataParallel, no_sync", "average_gradients"):
             assert_same_run(found[how], whole, **exact)
         for how in ("no averaging", "a group of one"):
             assert_same_run(found[how], half, **exact)
