@@ -41,8 +41,8 @@ pytestmark = [pytest.mark.usefixtures("seeded"), pytest.mark.filterwarnings("ign
 
 
 class Released(Optimizer):
-    """What the released class computes and keeps, written anew from its arithmetic: the absolute product with random signs, averaged over the window of a 4-D tensor and of
-    no other, in a second average of the parameter's shape; the number of steps as an int."""
+    """What the released class computes and keeps, written anew from its arithmetic: the absolute product with random signs, averaged over the window of
+    a 4-D tensor and of no other, in a second average of the parameter's shape; the number of steps as an int."""
 
     def __init__(self, params, lr=0.15, betas=(0.9, 0.999), eps=1e-4, weight_decay=0, hessian_power=1):
         super().__init__(params, {key: value for key, value in locals().items() if key not in ("self", "params", "__class__")})

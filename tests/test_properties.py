@@ -320,7 +320,8 @@ def one_adan_step(opt, params, clocks, fresh, grads):
 
         change = g.abs() + (last.abs() if last is not None else g.abs())  # what the difference is made of
         narrow = ROUNDING[kept_in] * g.abs() if last is None and ROUNDING[kept_in] > computed else 0.0  # g - g is not 0 where one of them has been stored
-        errors = [6 * computed * (m0.abs() + g.abs()), 6 * computed * (v0.abs() + change) + narrow, 6 * computed * (n0 + (g.abs() + change) ** 2) + 4 * narrow * g.abs()]
+        sizes = m0.abs() + g.abs(), v0.abs() + change, n0 + (g.abs() + change) ** 2
+        errors = [6 * computed * size + more for size, more in zip(sizes, (0.0, narrow, 4 * narrow * g.abs()))]
         for key, error in zip(AVERAGES, errors):
             assert state[key].dtype == kept_in and state[key].shape == p.shape
             assert ((parts(state[key]) - taken[key]).abs() <= error + 2 * ROUNDING[kept_in] * taken[key].abs() + 1e-37).all(), key
