@@ -759,9 +759,7 @@ def test_frozen_parameters_and_parameters_unfrozen_later(options):
     for layer, start, end in ((net[0], 0, 5), (net[3], first, 7), (net[5], 0, 7)):
         for p in layer.parameters():
             assert opt.state[p]["step"] == end - start and opt.state[p]["hessian_step"] == len([t for t in range(start, end) if t % period == 0])
-    # the first step after the thaw is that of a fresh optimizer with the same signs
-    if period == 1:
-        assert all(opt.state[p]["exp_hessian_diag_sq"].any() for p in net[3].parameters())
+            assert opt.state[p]["exp_hessian_diag_sq"].any()
 
 
 def test_parameter_without_a_gradient_keeps_state_and_clock():
