@@ -5,6 +5,7 @@ code's own rounding over twenty steps is of that size.
 """
 import copy
 import io
+import itertools
 import math
 import warnings
 
@@ -35,6 +36,7 @@ from torch.optim import Optimizer
 import sgd_sai.adan
 import sgd_sai.pieces
 from sgd_sai.adan import Adan, adan_reference
+from sgd_sai.base import debias
 from sgd_sai.pieces import WIDE
 
 pytestmark = pytest.mark.usefixtures("seeded", "kernels_for_small_tensors_too")
@@ -190,6 +192,12 @@ def test_two_steps_by_hand(flags, maximize):
         assert p.item() == pytest.approx(prox, rel=1e-6) and q.item() == pytest.approx(adamw, rel=1e-6)
     assert {key: opt.state[p][key].item() for key in ("exp_avg", "exp_avg_diff", "exp_avg_sq", "neg_pre_grad", "step")} == dict(
         exp_avg=2, exp_avg_diff=-1, exp_avg_sq=4.5, neg_pre_grad=-2, step=2)
+
+
+def test_bias_corrections_of_clocks_on_the_device_are_exact():
+    # 1 - beta^t in float32 would have lost four digits where it matters most, in the first steps
+    for beta, t in itertools.product((0.0, 0.5, 0.98, 0.999, 0.9999), (1, 2, 100, 100_000)):
+        assert debias(beta, torch.tensor(float(t))).item() == pytest.approx(debias(beta, t), rel=3e-7) == pytest.approx(1 - beta**t, rel=1e-11)
 
 
 @each_implementation
