@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['random_signs', 'hutchinson_diagonal', 'spatial_average', 'adahessian_reference', 'check_adahessian', 'AdaHessian']
 
-# %% ../nbs/03_adahessian.ipynb #6d20cb16
+# %% ../nbs/03_adahessian.ipynb #713275e9
 import hashlib
+import warnings
 from functools import partial
 from typing import Callable
 
@@ -185,7 +186,7 @@ def check_adahessian(
         if not (isinstance(group[name], int) and group[name] >= 1): raise ValueError(f'Invalid {name} value: {group[name]}')
     if group['state_dtype'] is not None and not group['state_dtype'].is_floating_point: raise ValueError(f"Invalid state_dtype value: {group['state_dtype']}")
 
-# %% ../nbs/03_adahessian.ipynb #c4be7b79
+# %% ../nbs/03_adahessian.ipynb #fac39a17
 class AdaHessian(AveragingOptimizer):
     """AdaHessian (arXiv 2006.00719): Adam with the diagonal of the Hessian in the denominator.
 
@@ -258,8 +259,9 @@ class AdaHessian(AveragingOptimizer):
         scale = _scale_of(self)
         if scale is None: return None
         try: return _curvature(self, [i for i, group in enumerate(self.param_groups) if group['age'] == 0], scale), scale
-        except FloatingPointError:
+        except FloatingPointError as e:
             if getattr(self, 'found_inf', None) is None: raise
+            warnings.warn(f'{e}. The step was skipped, but the GradScaler has not seen it; if that goes on, give it a smaller init_scale', stacklevel=4)
             return None
 
     def restored(self, p, group, key, value):
@@ -270,5 +272,10 @@ class AdaHessian(AveragingOptimizer):
     def load_state_dict(self, state_dict):
         "As in PyTorch, without loss of precision; files of the released code load too."
         super().load_state_dict(state_dict)
-        for state in self.state.values():
+        for p in [p for group in self.param_groups for p in group['params']]:
+            state = self.state.get(p, {})
             if 'step' in state: state.setdefault('hessian_step', state['step'].clone())
+
+    def __getstate__(self):
+        "What a copy gets: all but the process group, of which only its absence can be copied."
+        return super().__getstate__() | ({'process_group': False} if self.process_group is False else {})

@@ -36,7 +36,7 @@ def adan_reference(
     if maximize: u = -u
     return theta * (1 - lr*weight_decay) - lr*u if no_prox else (theta - lr*u) / (1 + lr*weight_decay)
 
-# %% ../nbs/02_adan.ipynb #8b5a9b6b
+# %% ../nbs/02_adan.ipynb #ac0c9e7d
 def _factors(
     t, # clock of a parameter: float, or 0-d tensor
     *, lr, betas:tuple,
@@ -68,7 +68,9 @@ def _step_one(p, g, m, v, n, scratch, root, divisor, ratio, *, betas, eps, befor
     p.addcdiv_(m, scratch.mul_(divisor))
     if ratio is not None: p.addcdiv_(v, scratch.mul_(ratio))
     _shrink_([p], after)
-    if path is not None: path.add_(metric.mul_((p - old).square_()).sum().to(path.device))
+    if path is not None:
+        length = metric.mul_((p - old).square_()).sum()
+        path.add_((length.full_tensor() if hasattr(length, 'full_tensor') else length).to(path.device))
     scratch.copy_(g).neg_()
 
 # %% ../nbs/02_adan.ipynb #7d46c1e2
@@ -153,7 +155,7 @@ def _step_differentiable(opt:AveragingOptimizer, group:dict, params:list, lr):
     for p in params:
         p.copy_(adan_reference(p.clone(), p.grad, opt.state[p], lr, **{key: group[key] for key in ('betas', 'eps', 'weight_decay', 'no_prox', 'maximize')}))
 
-# %% ../nbs/02_adan.ipynb #f9dd1810
+# %% ../nbs/02_adan.ipynb #edaad10b
 def check_adan(
     group:dict, # hyperparameters as in Adan
 ):
@@ -164,6 +166,7 @@ def check_adan(
     check_range(group['weight_decay'], 'weight_decay')
     if group['restart_radius'] is not None: check_range(group['restart_radius'], 'restart_radius')
     if group['state_dtype'] is not None and not group['state_dtype'].is_floating_point: raise ValueError(f"Invalid state_dtype value: {group['state_dtype']}")
+    if group.get('max_grad_norm'): raise ValueError('max_grad_norm is not an option of a group: call torch.nn.utils.clip_grad_norm_ on its parameters before step')
     if group['differentiable'] and group['foreach']: raise RuntimeError('`foreach` does not support `differentiable`')
     if group['differentiable'] and any(p.is_complex() for p in group.get('params', ())): raise RuntimeError('`differentiable` does not support complex parameters')
     if group['differentiable'] and group['restart_radius'] is not None: raise RuntimeError('`restart_radius` does not support `differentiable`')
@@ -177,7 +180,7 @@ def _restart_long_paths(opt:AveragingOptimizer):
         path = sum(float(opt.state[p]['path']) for p in together)
         if together and max(float(opt.state[p]['step']) for p in together) * path > radius**2: opt.restart(together)
 
-# %% ../nbs/02_adan.ipynb #38d887a9
+# %% ../nbs/02_adan.ipynb #d1db7994
 class Adan(AveragingOptimizer):
     """Adan (arXiv 2208.06677): AdamW with Nesterov momentum estimated from gradient differences.
 
@@ -221,9 +224,10 @@ class Adan(AveragingOptimizer):
         return loss
 
     def restart(self,
-        params=None, # an iterable of parameters; None: all
+        params=None, # a parameter, or an iterable of them; None: all
     ):
         "Empty the averages and set the clocks to zero: the next step of these parameters is their first. A captured CUDA graph has to be captured again."
+        if isinstance(params, Tensor): params = [params]
         for p in list(self.state if params is None else params): self.state.pop(p, None)
 
     def load_state_dict(self, state_dict):
@@ -234,4 +238,6 @@ class Adan(AveragingOptimizer):
             group.pop('fused', None)
             if norm: warnings.warn(f'this checkpoint was clipping gradients at norm {norm}: call torch.nn.utils.clip_grad_norm_ before step to go on doing so', stacklevel=2)
             for p in group['params']:
-                if t is not None and self.state.get(p): self.state[p].setdefault('step', self.scalar(p, group, t))
+                if t is None or not self.state.get(p) or 'step' in self.state[p]: continue
+                if t: self.state[p]['step'] = self.scalar(p, group, t)
+                else: self.restart(p)                      # the file was written after a restart

@@ -68,7 +68,7 @@ class ExactState(Optimizer):
             if i in loaded['state']:
                 self.state[p] = {key: self.restored(p, group, key, value) for key, value in loaded['state'][i].items()}
 
-# %% ../nbs/91_base.ipynb #68aa9994
+# %% ../nbs/91_base.ipynb #323396df
 class BaseOptimizer(ExactState):
     "An `Optimizer` that names its parameters, checks groups when they are added, and loads state without loss."
 
@@ -107,7 +107,9 @@ class BaseOptimizer(ExactState):
             yield p
 
     def __setstate__(self, state:dict):
+        known = set(state.get('defaults', getattr(self, 'defaults', ())))
         super().__setstate__(state)
+        for key in self.defaults.keys() - known: del self.defaults[key]      # PyTorch adds differentiable, whether the optimizer has it or not
         for group in self.param_groups:
             for key, value in self.defaults.items(): group.setdefault(key, value)
 
