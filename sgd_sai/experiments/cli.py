@@ -57,7 +57,7 @@ def tasks():
     for t in TASKS.values(): table.add_row(t.name, t.title, f'{t.source} ({t.licence})', str(t.steps), t.metric, f'{t.minutes:g}')
     Console().print(table)
 
-# %% ../../nbs/experiments/05_cli.ipynb #0f5892a4
+# %% ../../nbs/experiments/05_cli.ipynb #8a19b3f5
 DataOption = Annotated[Optional[Path], typer.Option('--data', help='Folder with data (default: $SGD_SAI_DATA, else ./data).')]
 
 @app.command()
@@ -72,8 +72,10 @@ def compare(
     device: Annotated[Optional[str], typer.Option(help="'cpu', or nothing for a GPU when there is one.")] = None,
     precision: Annotated[str, typer.Option(help="'no' (float32), 'bf16' or 'fp16'.")] = 'no',
     fresh: Annotated[bool, typer.Option('--fresh', help='Train again what has been trained.')] = False,
+    workers: Annotated[Optional[int], typer.Option(min=1, help='Processes that train side by side, with one thread each (default: 2 on a CPU, 1 on a GPU).')] = None,
 ):
     "Train one model with several optimizers and seeds: a table, a CSV file, a figure. Finished runs are reused."
+    import torch
     from rich.console import Console
 
     from sgd_sai.experiments.compare import DEFAULT_OPTIMIZERS, bars, compare, summary_table
@@ -82,7 +84,8 @@ def compare(
         if device not in (None, 'cpu', 'cuda'): raise unknown('device', device, ('cpu', 'cuda'))
         if precision not in ('no', 'bf16', 'fp16'): raise unknown('precision', precision, ('no', 'bf16', 'fp16'))
         names = tuple(name.strip() for name in optimizers.split(',') if name.strip()) or DEFAULT_OPTIMIZERS
-        made = compare(get_task(task), out, names, seeds, steps, precision, _settings(setting), device, fresh, data, bars)
+        workers = workers or (1 if device != 'cpu' and torch.cuda.is_available() else min(2, os.cpu_count() or 1))
+        made = compare(get_task(task), out, names, seeds, steps, precision, _settings(setting), device, fresh, data, bars, workers)
         Console().print(summary_table(get_task(task), made['frame']))
         typer.echo(f"table   {made['csv']}\nfigure  {made['figure']}\nruns    {out / task}")
 

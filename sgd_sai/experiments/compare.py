@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['DEFAULT_OPTIMIZERS', 'METRIC_NAMES', 'plan', 'train_missing', 'bars', 'summary_frame', 'summary_table', 'compare']
 
-# %% ../../nbs/experiments/04_compare.ipynb #b67b814d
-from contextlib import contextmanager
+# %% ../../nbs/experiments/04_compare.ipynb #16e98cca
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Callable
 
 from .plots import plot_comparison
 from .runs import RunSpec, check_writable, load_run, save_run
+from .sweep import side_by_side
 from .tasks import Data, Task, UsageError
 from .train import check_spec, make_spec, train
 from ..style import optimizer_style
@@ -35,7 +36,7 @@ def plan(
     for spec in specs: check_spec(spec)
     return specs
 
-# %% ../../nbs/experiments/04_compare.ipynb #a1abd39a
+# %% ../../nbs/experiments/04_compare.ipynb #97329b77
 def train_missing(
     task:Task, data:Data,
     specs:list[RunSpec], # from plan
@@ -43,21 +44,29 @@ def train_missing(
     device:str|None=None, # 'cpu', or None for a GPU when there is one
     progress:Callable|None=None, # context manager: (task, specs) -> function (spec, state, step, loss, metrics); see bars
     fresh:bool=False, # train again what has been trained
+    workers:int=1, # processes with one thread each that train side by side; 1: train here
+    data_dir=None, # folder with data, for the workers
 ) -> list[dict]: # run records in the order of specs
     "Run records of `specs`: found in `folder`, or trained and saved there. Raises `OSError` before training when the folder cannot be written."
     check_writable(folder)
-    runs = []
+    found = {spec.key: run for spec in specs if not fresh and (run := load_run(folder, spec))}
+    missing = [spec for spec in specs if spec.key not in found]
     with (progress or _silent)(task, specs) as tell:
         for spec in specs:
-            run = None if fresh else load_run(folder, spec)
-            if run is None:
-                record = train(task, data, spec, device, lambda step, loss, metrics: tell(spec, 'running', step, loss, metrics))
-                save_run(folder, spec, record)
-                run = load_run(folder, spec)
-                tell(spec, run['status'], spec.steps, None, run['final'])
-            else: tell(spec, 'found', spec.steps, None, run['final'])
-            runs.append(run)
-    return runs
+            if spec.key in found: tell(spec, 'found', spec.steps, None, found[spec.key]['final'])
+        done = side_by_side(missing, workers, task.name, data_dir, folder, device) if workers > 1 and len(missing) > 1 else _one_by_one(task, data, missing, folder, device, tell)
+        with closing(done):
+            for spec, failure in done:
+                if failure: raise RuntimeError(f'{optimizer_style(spec.optimizer)[0]}, seed {spec.seed}: {failure}')
+                found[spec.key] = load_run(folder, spec)
+                tell(spec, found[spec.key]['status'], spec.steps, None, found[spec.key]['final'])
+    return [found[spec.key] for spec in specs]
+
+def _one_by_one(task, data, specs, folder, device, tell):
+    "Train here, in this process; yields runs as `side_by_side` does."
+    for spec in specs:
+        save_run(folder, spec, train(task, data, spec, device, lambda step, loss, metrics: tell(spec, 'running', step, loss, metrics)))
+        yield spec, ''
 
 @contextmanager
 def _silent(task, specs): yield lambda *_: None
@@ -138,19 +147,19 @@ def summary_table(
                       spread(row[f'final_{task.metric}'], row['final_std']), f"{row['ms_per_step_median']:.1f}", _bytes(row['state_bytes']))
     return table
 
-# %% ../../nbs/experiments/04_compare.ipynb #9a008d4d
+# %% ../../nbs/experiments/04_compare.ipynb #37f39848
 def compare(
     task:Task,
     folder, # for run files, table and figure
     optimizers=DEFAULT_OPTIMIZERS, seeds:int=3, steps:int|None=None, precision:str='no', changes:dict|None=None, # as in plan
     device:str|None=None, fresh:bool=False, # as in train_missing
     data_dir=None, # folder with data; None: see tasks.data_folder
-    progress:Callable|None=None, # as in train_missing
+    progress:Callable|None=None, workers:int=1, # as in train_missing
 ) -> dict: # 'runs', 'frame', 'csv', 'figure' (paths)
     "Train `task` with several optimizers and seeds; writes FOLDER/compare-TASK.csv and .png. Raises as `plan` and `train_missing` do."
     check_writable(folder)
     data = task.load(data_dir)
-    runs = train_missing(task, data, plan(task, data, optimizers, seeds, steps, precision, changes), folder, device, progress, fresh)
+    runs = train_missing(task, data, plan(task, data, optimizers, seeds, steps, precision, changes), folder, device, progress, fresh, workers, data_dir)
     frame = summary_frame(task, runs)
     csv, figure = (Path(folder) / f'compare-{task.name}.{ending}' for ending in ('csv', 'png'))
     frame.to_csv(csv, index=False)
