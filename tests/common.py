@@ -1,6 +1,5 @@
 "What several test files share: small models with the gradients of training them, runs that feed given gradients, journeys of an optimizer, memory, processes."
 import copy
-import gc
 import io
 import pickle
 
@@ -9,6 +8,8 @@ import torch
 import torch.multiprocessing as mp
 from torch import nn
 from torch.optim import SGD
+
+from sgd_sai.experiments.cost import allocated_peak as peak_of_new_memory  # noqa: F401  (shared by the tests of memory)
 
 STEPS, TOLERANCE = 20, 1e-6
 
@@ -126,19 +127,6 @@ def through_state_dict(opt, params):
 
 
 each_travel = pytest.mark.parametrize("travel", [through_pickle, through_deepcopy, through_state_dict])
-
-
-def peak_of_new_memory(f):
-    "Largest number of bytes that lived at once among those allocated while `f` ran, as the CPU allocator reports them."
-    gc.collect()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as prof:
-        f()
-    live = peak = 0
-    for event in prof.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            peak = max(peak, live)
-    return peak
 
 
 LAYOUTS = {  # of a 4-D parameter, and of its gradient
