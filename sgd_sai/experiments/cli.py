@@ -177,7 +177,8 @@ def speed(
     device: Annotated[str, typer.Option(help="'cpu' or 'cuda'.")] = 'cpu',
 ):
     "Time of an optimizer step on real parameter shapes: medians of steps taken in turns in one process."
-    from sgd_sai.speed import SHAPES, model_shapes, step_times, times_table
+    from sgd_sai.shapes import SHAPES, model_shapes
+    from sgd_sai.speed import step_times, times_table
     with _in_words():
         if model == 'list': return typer.echo('\n'.join(SHAPES))
         if model not in SHAPES: raise unknown('model', model, SHAPES)
