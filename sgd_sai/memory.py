@@ -7,7 +7,7 @@ __all__ = ['STATES', 'PAPER_MODELS', 'SHOWN', 'MIB', 'GIB', 'PAPER', 'state_byte
            'lbfgs_rule', 'state_rule', 'state_buffers', 'state_size', 'real_state', 'MemoryRow', 'MemoryTable',
            'memory_table', 'plot_memory', 'CudaMemory', 'cuda_memory', 'PaperRow', 'PaperTable', 'paper_table']
 
-# %% ../nbs/04_memory.ipynb #d5693d95
+# %% ../nbs/04_memory.ipynb #943a2205
 import bisect, difflib, math
 from functools import partial
 from types import SimpleNamespace
@@ -22,7 +22,7 @@ from .optimizer import SGDSaI
 from .peers import po_optimizer
 from .shapes import named_shapes
 
-# %% ../nbs/04_memory.ipynb #3ec35b6a
+# %% ../nbs/04_memory.ipynb #10a44318
 def _size(x) -> int:
     "Bytes of one entry of a state."
     if isinstance(x, Tensor): return x.numel() * x.element_size()
@@ -35,7 +35,7 @@ def state_bytes(
     "Bytes that the optimizer keeps between steps: tensors by their size, a number as eight bytes."
     return sum(_size(x) for state in opt.state.values() for x in state.values())
 
-# %% ../nbs/04_memory.ipynb #8249c85c
+# %% ../nbs/04_memory.ipynb #90e2527f
 class Buffer(NamedTuple):
     "One entry of an optimizer's state."
     key: str        # as in optimizer.state[parameter]
@@ -59,7 +59,7 @@ def per_parameter(
         return buffers
     return rule
 
-# %% ../nbs/04_memory.ipynb #805a3eb7
+# %% ../nbs/04_memory.ipynb #7daf7f04
 class StateRule(NamedTuple):
     "What the registry knows of an optimizer."
     label: str      # for tables and figures
@@ -85,7 +85,7 @@ STATES = { # registry name -> label, rule, real optimizer
     'adahessian':        StateRule('AdaHessian', per_parameter(['exp_avg'], ['step', 'hessian_step'], more=_curvature), _of(AdaHessian)),
 }
 
-# %% ../nbs/04_memory.ipynb #17bb1cfb
+# %% ../nbs/04_memory.ipynb #4f33a67b
 def _factored(name, shape, dtype):
     if len(shape) < 2: return {'variance': math.prod(shape) * dtype.itemsize}
     return {'row_var': math.prod(shape[:-1]) * dtype.itemsize, 'col_var': math.prod(shape[:-2] + shape[-1:]) * dtype.itemsize}
@@ -110,7 +110,7 @@ def _muon(named):
     split = {cls: [p for _, p in named if (p.ndim == 2) == (cls is torch.optim.Muon)] for cls in (torch.optim.Muon, torch.optim.AdamW)}
     return [cls(params) for cls, params in split.items() if params]
 
-# %% ../nbs/04_memory.ipynb #285de78d
+# %% ../nbs/04_memory.ipynb #3f604a2b
 STATES |= {
     'sgd':              StateRule('SGD', per_parameter(), _of(torch.optim.SGD)),
     'sgdm':             StateRule('SGDM', per_parameter(['momentum_buffer']), _of(torch.optim.SGD, momentum=0.9)),
@@ -132,7 +132,7 @@ STATES |= {
 }
 if hasattr(torch.optim, 'Muon'): STATES['muon'] = StateRule('Muon and AdamW', _muon_rule, _muon)      # PyTorch 2.9 and later
 
-# %% ../nbs/04_memory.ipynb #043e938c
+# %% ../nbs/04_memory.ipynb #2f04125b
 def _peer(name:str) -> Callable:
     return lambda named: [po_optimizer(name)([p for _, p in named])]
 
@@ -157,7 +157,7 @@ STATES |= {
     'po:Prodigy':  StateRule('Prodigy', per_parameter(['s', 'p0', 'exp_avg', 'exp_avg_sq']), _peer('Prodigy')),
 }
 
-# %% ../nbs/04_memory.ipynb #eb307e73
+# %% ../nbs/04_memory.ipynb #4c525ae5
 def _named(params) -> dict:
     "Shapes by name; a plain list is numbered."
     return params if isinstance(params, dict) else {f'p{i}': shape for i, shape in enumerate(params)}
@@ -184,7 +184,7 @@ def state_size(
     "The optimizer's state by rule. Raises `KeyError` for an unknown optimizer."
     return sum(buffer.bytes for buffer in state_buffers(optimizer, params, dtype))
 
-# %% ../nbs/04_memory.ipynb #08e8a2bc
+# %% ../nbs/04_memory.ipynb #d9900dd2
 def real_state(
     optimizer:str, # as in STATES
     params, # shapes: a list, or a dict by parameter name
@@ -208,9 +208,9 @@ def real_state(
         for opt in opts: opt.step(*[loss] * isinstance(opt, torch.optim.LBFGS))
     return opts
 
-# %% ../nbs/04_memory.ipynb #7891bcd5
+# %% ../nbs/04_memory.ipynb #298c84d2
 PAPER_MODELS = 'vit_s16', 'vit_h14', 'gpt2-xl', 'llama2-7b'
-SHOWN = 'sgd_sai_momentum0', 'sgd_sai_int8', 'sgd_sai_bf16', 'sgd_sai', 'sgdm', 'po:Lion', 'adafactor', 'po:AdamMini', 'adamw', 'adahessian', 'po:Prodigy', 'adan'
+SHOWN = 'sgd_sai_momentum0', 'adafactor', 'sgd_sai_int8', 'sgd_sai_bf16', 'sgd_sai', 'sgdm', 'po:Lion', 'po:AdamMini', 'adahessian', 'adamw', 'po:Prodigy', 'adan'
 
 class _Table(list):
     "Rows that print as text and show as HTML; a subclass says how many header lines its `cells()` begin with."
@@ -232,7 +232,7 @@ class _Table(list):
         import pandas as pd
         return pd.DataFrame(self, columns=self.Row._fields)
 
-# %% ../nbs/04_memory.ipynb #1c60f63f
+# %% ../nbs/04_memory.ipynb #ce6140cb
 class MemoryRow(NamedTuple):
     "State of one optimizer for one model."
     model: str        # as in SHAPES
@@ -270,7 +270,7 @@ def memory_table(
     return MemoryTable(MemoryRow(model, name, counts[model], counts[model] * dtype.itemsize, state_size(name, shapes[model], dtype))
                        for model in shapes for name in dict.fromkeys(optimizers))
 
-# %% ../nbs/04_memory.ipynb #d8d597fe
+# %% ../nbs/04_memory.ipynb #ca97eaea
 def plot_memory(
     table:MemoryTable,
     model:str|None=None, # which of the table's; None: the last
@@ -278,21 +278,25 @@ def plot_memory(
     "State of each optimizer for one model as bars in GiB, beside the size of the weights. Raises `ImportError` without matplotlib."
     import matplotlib.pyplot as plt
 
-    from sgd_sai.style import ACCENT, INK, MUTED, figure_style
+    from sgd_sai.style import ACCENT, INK, MUTED, OPTIMIZER_STYLE, figure_style
     rows = [row for row in table if row.model == (model or table[-1].model)]
     if not rows: raise ValueError(f'no row of the table is about {model!r}')
     with figure_style():
         fig, ax = plt.subplots(figsize=(7, 0.8 + 0.26*len(rows)), layout='constrained')
-        for i, row in enumerate(rows): ax.barh(-i, row.state_bytes / 2**30, color=ACCENT if row.optimizer.startswith('sgd_sai') else MUTED, height=0.65)
-        ax.axvline(rows[0].weight_bytes / 2**30, color=INK, linewidth=0.8)
-        ax.annotate('the weights', (rows[0].weight_bytes / 2**30, 0.6), (4, 0), textcoords='offset points', va='center', fontsize=9)
+        ax.axvline(weights := rows[0].weight_bytes / 2**30, color=INK, linewidth=0.8, zorder=0.5)
+        beside = dict(textcoords='offset points', va='center', fontsize=9)
+        ax.annotate('the weights', (weights, 0.8), (4, 0), **beside)
+        for i, row in enumerate(rows):
+            _, color, *_ = OPTIMIZER_STYLE.get(row.optimizer, ('', ACCENT if row.optimizer.startswith('sgd_sai') else MUTED))
+            ax.barh(-i, size := row.state_bytes / 2**30, color=color, height=0.65)
+            ax.annotate(f'{size:.3g}', (size, -i), (4, 0), **beside)
         ax.set_yticks([-i for i in range(len(rows))], [STATES[row.optimizer].label for row in rows])
-        ax.set(xlabel='optimizer state (GiB)', title=f'{rows[0].model}, {rows[0].parameters/1e9:.3g} billion parameters', ylim=(-len(rows) + 0.4, 1))
+        ax.set(xlabel='optimizer state (GiB)', title=f'{rows[0].model}, {rows[0].parameters/1e6:,.4g} million parameters', ylim=(-len(rows) + 0.4, 1.2))
         ax.grid(axis='y', visible=False)
         plt.close(fig)
     return fig
 
-# %% ../nbs/04_memory.ipynb #55809fcf
+# %% ../nbs/04_memory.ipynb #cf84a056
 MIB, GIB = 2**20, 2**30
 
 class CudaMemory(NamedTuple):
@@ -322,7 +326,7 @@ def cuda_memory(
         allocated += block
     return CudaMemory(allocated, reserved)
 
-# %% ../nbs/04_memory.ipynb #0a9d6a0a
+# %% ../nbs/04_memory.ipynb #10032f26
 PAPER = { # model, optimizer -> "GB" as printed (arXiv 2412.11768)
     ('vit_s16', 'sgd_sai'): 0.08, ('vit_s16', 'adamw'): 0.17, ('vit_h14', 'sgd_sai'): 2.42, ('vit_h14', 'adamw'): 4.86,
     ('gpt2-xl', 'sgd_sai'): 5.93, ('gpt2-xl', 'adamw'): 11.86, ('llama2-7b', 'sgd_sai'): 25.15, ('llama2-7b', 'adamw'): 49.48,
@@ -344,7 +348,7 @@ class PaperTable(_Table):
         "The table as text, cell by cell."
         def off(x, paper): return f'{100*(x/paper - 1):+.1f}%'
         return [['model', 'optimizer', 'rule, GB', 'rule, GiB', 'CUDA, GiB', "paper's GB", 'rule, GB off', 'rule, GiB off', 'CUDA, GiB off']] + [
-            [r.model, STATES[r.optimizer].label, f'{r.rule/1e9:.2f}', f'{r.rule/GIB:.2f}', f'{r.cuda/GIB:.2f}', f'{r.paper:.2f}',
+            [r.model, STATES[r.optimizer].label, f'{r.rule/1e9:.3f}', f'{r.rule/GIB:.3f}', f'{r.cuda/GIB:.3f}', f'{r.paper:.2f}',
              off(r.rule/1e9, r.paper), off(r.rule/GIB, r.paper), off(r.cuda/GIB, r.paper)] for r in self]
 
 def paper_table() -> PaperTable:

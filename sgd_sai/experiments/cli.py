@@ -178,7 +178,7 @@ def _measure_memory(names:tuple, dtype:str, device:str, out:Path|None):
     from sgd_sai.experiments.memory import MEASURED, step_memory, step_memory_path, step_memory_table
     from sgd_sai.experiments.runs import check_writable, write_json
     if out: check_writable(out)
-    console, names = Console(), names or MEASURED
+    console, names = Console(), ('sgd', *(name for name in names if name != 'sgd')) if names else MEASURED        # SGD keeps nothing
     with Progress(console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task('optimizers', total=len(names))
         try: record = step_memory(names, dtype=dtype, device=device, progress=lambda done, total: progress.update(bar, completed=done))
