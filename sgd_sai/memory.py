@@ -7,7 +7,7 @@ __all__ = ['STATES', 'PAPER_MODELS', 'SHOWN', 'MIB', 'GIB', 'PAPER', 'state_byte
            'lbfgs_rule', 'state_rule', 'state_buffers', 'state_size', 'real_state', 'MemoryRow', 'MemoryTable',
            'memory_table', 'plot_memory', 'CudaMemory', 'cuda_memory', 'PaperRow', 'PaperTable', 'paper_table']
 
-# %% ../nbs/04_memory.ipynb #943a2205
+# %% ../nbs/04_memory.ipynb #d1895676
 import bisect, difflib, math
 from functools import partial
 from types import SimpleNamespace
@@ -22,7 +22,7 @@ from .optimizer import SGDSaI
 from .peers import po_optimizer
 from .shapes import named_shapes
 
-# %% ../nbs/04_memory.ipynb #10a44318
+# %% ../nbs/04_memory.ipynb #2b3191d8
 def _size(x) -> int:
     "Bytes of one entry of a state."
     if isinstance(x, Tensor): return x.numel() * x.element_size()
@@ -35,7 +35,7 @@ def state_bytes(
     "Bytes that the optimizer keeps between steps: tensors by their size, a number as eight bytes."
     return sum(_size(x) for state in opt.state.values() for x in state.values())
 
-# %% ../nbs/04_memory.ipynb #90e2527f
+# %% ../nbs/04_memory.ipynb #61185ff6
 class Buffer(NamedTuple):
     "One entry of an optimizer's state."
     key: str        # as in optimizer.state[parameter]
@@ -59,7 +59,7 @@ def per_parameter(
         return buffers
     return rule
 
-# %% ../nbs/04_memory.ipynb #7daf7f04
+# %% ../nbs/04_memory.ipynb #49012112
 class StateRule(NamedTuple):
     "What the registry knows of an optimizer."
     label: str      # for tables and figures
@@ -85,7 +85,7 @@ STATES = { # registry name -> label, rule, real optimizer
     'adahessian':        StateRule('AdaHessian', per_parameter(['exp_avg'], ['step', 'hessian_step'], more=_curvature), _of(AdaHessian)),
 }
 
-# %% ../nbs/04_memory.ipynb #4f33a67b
+# %% ../nbs/04_memory.ipynb #a46649ea
 def _factored(name, shape, dtype):
     if len(shape) < 2: return {'variance': math.prod(shape) * dtype.itemsize}
     return {'row_var': math.prod(shape[:-1]) * dtype.itemsize, 'col_var': math.prod(shape[:-2] + shape[-1:]) * dtype.itemsize}
@@ -110,7 +110,7 @@ def _muon(named):
     split = {cls: [p for _, p in named if (p.ndim == 2) == (cls is torch.optim.Muon)] for cls in (torch.optim.Muon, torch.optim.AdamW)}
     return [cls(params) for cls, params in split.items() if params]
 
-# %% ../nbs/04_memory.ipynb #3f604a2b
+# %% ../nbs/04_memory.ipynb #d845cdee
 STATES |= {
     'sgd':              StateRule('SGD', per_parameter(), _of(torch.optim.SGD)),
     'sgdm':             StateRule('SGDM', per_parameter(['momentum_buffer']), _of(torch.optim.SGD, momentum=0.9)),
@@ -132,7 +132,7 @@ STATES |= {
 }
 if hasattr(torch.optim, 'Muon'): STATES['muon'] = StateRule('Muon and AdamW', _muon_rule, _muon)      # PyTorch 2.9 and later
 
-# %% ../nbs/04_memory.ipynb #2f04125b
+# %% ../nbs/04_memory.ipynb #fcc05f86
 def _peer(name:str) -> Callable:
     return lambda named: [po_optimizer(name)([p for _, p in named])]
 
@@ -157,7 +157,7 @@ STATES |= {
     'po:Prodigy':  StateRule('Prodigy', per_parameter(['s', 'p0', 'exp_avg', 'exp_avg_sq']), _peer('Prodigy')),
 }
 
-# %% ../nbs/04_memory.ipynb #4c525ae5
+# %% ../nbs/04_memory.ipynb #d2855fa6
 def _named(params) -> dict:
     "Shapes by name; a plain list is numbered."
     return params if isinstance(params, dict) else {f'p{i}': shape for i, shape in enumerate(params)}
@@ -184,7 +184,7 @@ def state_size(
     "The optimizer's state by rule. Raises `KeyError` for an unknown optimizer."
     return sum(buffer.bytes for buffer in state_buffers(optimizer, params, dtype))
 
-# %% ../nbs/04_memory.ipynb #d9900dd2
+# %% ../nbs/04_memory.ipynb #e4f36cd8
 def real_state(
     optimizer:str, # as in STATES
     params, # shapes: a list, or a dict by parameter name
@@ -208,7 +208,7 @@ def real_state(
         for opt in opts: opt.step(*[loss] * isinstance(opt, torch.optim.LBFGS))
     return opts
 
-# %% ../nbs/04_memory.ipynb #298c84d2
+# %% ../nbs/04_memory.ipynb #b64a6930
 PAPER_MODELS = 'vit_s16', 'vit_h14', 'gpt2-xl', 'llama2-7b'
 SHOWN = 'sgd_sai_momentum0', 'adafactor', 'sgd_sai_int8', 'sgd_sai_bf16', 'sgd_sai', 'sgdm', 'po:Lion', 'po:AdamMini', 'adahessian', 'adamw', 'po:Prodigy', 'adan'
 
@@ -232,7 +232,7 @@ class _Table(list):
         import pandas as pd
         return pd.DataFrame(self, columns=self.Row._fields)
 
-# %% ../nbs/04_memory.ipynb #ce6140cb
+# %% ../nbs/04_memory.ipynb #cb3e1bd7
 class MemoryRow(NamedTuple):
     "State of one optimizer for one model."
     model: str        # as in SHAPES
@@ -270,7 +270,7 @@ def memory_table(
     return MemoryTable(MemoryRow(model, name, counts[model], counts[model] * dtype.itemsize, state_size(name, shapes[model], dtype))
                        for model in shapes for name in dict.fromkeys(optimizers))
 
-# %% ../nbs/04_memory.ipynb #ca97eaea
+# %% ../nbs/04_memory.ipynb #77c0237d
 def plot_memory(
     table:MemoryTable,
     model:str|None=None, # which of the table's; None: the last
@@ -289,14 +289,14 @@ def plot_memory(
         for i, row in enumerate(rows):
             _, color, *_ = OPTIMIZER_STYLE.get(row.optimizer, ('', ACCENT if row.optimizer.startswith('sgd_sai') else MUTED))
             ax.barh(-i, size := row.state_bytes / 2**30, color=color, height=0.65)
-            ax.annotate(f'{size:.3g}', (size, -i), (4, 0), **beside)
+            ax.annotate(f'{size:,.2f}', (size, -i), (4, 0), **beside)
         ax.set_yticks([-i for i in range(len(rows))], [STATES[row.optimizer].label for row in rows])
         ax.set(xlabel='optimizer state (GiB)', title=f'{rows[0].model}, {rows[0].parameters/1e6:,.4g} million parameters', ylim=(-len(rows) + 0.4, 1.2))
         ax.grid(axis='y', visible=False)
         plt.close(fig)
     return fig
 
-# %% ../nbs/04_memory.ipynb #cf84a056
+# %% ../nbs/04_memory.ipynb #dea94f13
 MIB, GIB = 2**20, 2**30
 
 class CudaMemory(NamedTuple):
@@ -326,7 +326,7 @@ def cuda_memory(
         allocated += block
     return CudaMemory(allocated, reserved)
 
-# %% ../nbs/04_memory.ipynb #10032f26
+# %% ../nbs/04_memory.ipynb #2b9dfeef
 PAPER = { # model, optimizer -> "GB" as printed (arXiv 2412.11768)
     ('vit_s16', 'sgd_sai'): 0.08, ('vit_s16', 'adamw'): 0.17, ('vit_h14', 'sgd_sai'): 2.42, ('vit_h14', 'adamw'): 4.86,
     ('gpt2-xl', 'sgd_sai'): 5.93, ('gpt2-xl', 'adamw'): 11.86, ('llama2-7b', 'sgd_sai'): 25.15, ('llama2-7b', 'adamw'): 49.48,
