@@ -141,6 +141,7 @@ def test_rules_scale_with_the_model():
     assert state_size("sgd_sai_kahan", shapes) == 4 * n + 8 * tensors and state_size("sgd_sai_kahan", shapes, torch.bfloat16) == 4 * n + 8 * tensors
     assert state_size("adamw", shapes) == 8 * n + 4 * tensors and state_size("adan", shapes) == 16 * n + 4 * tensors
     assert 1 < state_size("sgd_sai_int8", shapes) / n < 1.02
+    assert state_size("sgd_sai_bf16", shapes) - 8 * tensors == 2 * n + 8 * tensors == state_size("sgd_sai_bf16", shapes, torch.bfloat16)
     assert state_size("adafactor", shapes) < 0.02 * n
 
 

@@ -205,7 +205,7 @@ def memory(
     from sgd_sai.shapes import SHAPES
     with _in_words():
         if models == ['list']:
-            return typer.echo('models\n' + '\n'.join(f'  {name}' for name in SHAPES) + '\noptimizers\n' + '\n'.join(f'  {name:18} {rule.label}' for name, rule in STATES.items()))
+            return typer.echo('models\n' + '\n'.join(f'  {name}' for name in SHAPES) + '\noptimizers\n' + '\n'.join(f'  {name:20} {rule.label}' for name, rule in STATES.items()))
         if dtype not in ('float32', 'bfloat16'): raise unknown('dtype', dtype, ('float32', 'bfloat16'))
         if device not in ('cpu', 'cuda'): raise unknown('device', device, ('cpu', 'cuda'))
         if out and not measure: raise UsageError('--out keeps the record of a measurement: add --measure')

@@ -6,7 +6,7 @@
 __all__ = ['MODEL', 'MEASURED', 'process_memory', 'reset_peak', 'step_memory', 'step_memory_path', 'step_memory_table',
            'plot_step_memory']
 
-# %% ../../nbs/experiments/08_step_memory.ipynb #ab1d7e5e
+# %% ../../nbs/experiments/08_step_memory.ipynb #c9d7eceb
 import gc, json, os, subprocess, sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -19,7 +19,7 @@ from .tasks import build_gpt2, predict_next
 from .train import _twice_differentiable
 from ..memory import STATES, state_bytes, state_rule, state_size
 
-# %% ../../nbs/experiments/08_step_memory.ipynb #22a558cb
+# %% ../../nbs/experiments/08_step_memory.ipynb #f0b7f975
 def process_memory() -> tuple[int, int]: # resident now, and at most since the process began or `reset_peak`
     "Memory of this process in bytes. Raises `RuntimeError` where the system does not tell."
     try:
@@ -36,7 +36,7 @@ def reset_peak():
     try: Path('/proc/self/clear_refs').write_text('5')
     except OSError: pass
 
-# %% ../../nbs/experiments/08_step_memory.ipynb #62b36114
+# %% ../../nbs/experiments/08_step_memory.ipynb #035a68a5
 MODEL = dict(layers=8, heads=8, width=512, vocab_size=8192, batch_size=4, tokens=64) # a GPT-2 with 29.4 million weights, and its batch
 
 def _trainer(optimizer:str, size:dict, dtype:str, device:str): # model, optimizers, functions that make a forward pass, and a backward pass from its loss
@@ -77,8 +77,8 @@ def _measure_here(optimizer:str, size:dict, dtype:str, device:str) -> dict: # by
     found = train(size, lambda key: levels.update({key: now() - base}))
     return {**found, **levels, 'peak': most() - base}
 
-# %% ../../nbs/experiments/08_step_memory.ipynb #5c50d4f0
-MEASURED = 'sgd', 'sgd_sai_momentum0', 'sgd_sai_bf16', 'sgd_sai', 'adamw', 'adan'
+# %% ../../nbs/experiments/08_step_memory.ipynb #161d1577
+MEASURED = 'sgd', 'sgd_sai_momentum0', 'sgd_sai_int8', 'sgd_sai_bf16', 'sgd_sai', 'adamw', 'adan'
 
 def step_memory(
     optimizers=MEASURED, # as in sgd_sai.memory.STATES; the others are compared with the first
@@ -116,7 +116,7 @@ def step_memory_path(
     "Where the record of a measurement belongs."
     return Path(folder) / 'memory' / f"{record['environment']['device'].split(':')[0]}-{record['dtype']}.json"
 
-# %% ../../nbs/experiments/08_step_memory.ipynb #1f9888fd
+# %% ../../nbs/experiments/08_step_memory.ipynb #ede3cbfc
 def step_memory_table(
     record:dict, # from step_memory
 ): # a rich table
@@ -134,7 +134,7 @@ def step_memory_table(
                       f"{(cost['peak'] - base['peak'])/1e6:.1f}", off('peak'), f"{cost['peak']/1e6:.0f}")
     return table
 
-# %% ../../nbs/experiments/08_step_memory.ipynb #4842d5ce
+# %% ../../nbs/experiments/08_step_memory.ipynb #b3a97e8a
 def plot_step_memory(
     record:dict, # from step_memory
 ): # the matplotlib figure
