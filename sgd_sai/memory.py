@@ -7,7 +7,7 @@ __all__ = ['STATES', 'PAPER_MODELS', 'SHOWN', 'MIB', 'GIB', 'PAPER', 'state_byte
            'lbfgs_rule', 'state_rule', 'state_buffers', 'state_size', 'real_state', 'MemoryRow', 'MemoryTable',
            'memory_table', 'plot_memory', 'CudaMemory', 'cuda_memory', 'PaperRow', 'PaperTable', 'paper_table']
 
-# %% ../nbs/04_memory.ipynb #2cf2c309
+# %% ../nbs/04_memory.ipynb #848b7bc2
 import bisect, difflib, math
 from types import SimpleNamespace
 from typing import Callable, NamedTuple
@@ -21,7 +21,7 @@ from .optimizer import SGDSaI
 from .peers import po_optimizer
 from .shapes import named_shapes
 
-# %% ../nbs/04_memory.ipynb #81634bd8
+# %% ../nbs/04_memory.ipynb #301f3761
 def _size(x) -> int:
     "Bytes of one entry of a state."
     if isinstance(x, Tensor): return x.numel() * x.element_size()
@@ -34,7 +34,7 @@ def state_bytes(
     "Bytes that the optimizer keeps between steps: tensors by their size, a number as eight bytes."
     return sum(_size(x) for state in opt.state.values() for x in state.values())
 
-# %% ../nbs/04_memory.ipynb #b45d65dd
+# %% ../nbs/04_memory.ipynb #010dd51e
 class Buffer(NamedTuple):
     "One entry of an optimizer's state."
     key: str        # as in optimizer.state[parameter]
@@ -58,7 +58,7 @@ def per_parameter(
         return buffers
     return rule
 
-# %% ../nbs/04_memory.ipynb #ebd4d15a
+# %% ../nbs/04_memory.ipynb #3f87af54
 class StateRule(NamedTuple):
     "What the registry knows of an optimizer."
     label: str      # for tables and figures
@@ -87,7 +87,7 @@ STATES = { # registry name -> label, rule, real optimizer
     'adahessian':         StateRule('AdaHessian', per_parameter(['exp_avg'], ['step', 'hessian_step'], more=_curvature), _of(AdaHessian)),
 }
 
-# %% ../nbs/04_memory.ipynb #558e6c80
+# %% ../nbs/04_memory.ipynb #aaf70a4b
 def _factored(name, shape, dtype):
     if len(shape) < 2: return {'variance': math.prod(shape) * dtype.itemsize}
     return {'row_var': math.prod(shape[:-1]) * dtype.itemsize, 'col_var': math.prod(shape[:-2] + shape[-1:]) * dtype.itemsize}
@@ -112,7 +112,7 @@ def _muon(named):
     split = {cls: [p for _, p in named if (p.ndim == 2) == (cls is torch.optim.Muon)] for cls in (torch.optim.Muon, torch.optim.AdamW)}
     return [cls(params) for cls, params in split.items() if params]
 
-# %% ../nbs/04_memory.ipynb #ff138c4b
+# %% ../nbs/04_memory.ipynb #fdfce8fb
 STATES |= {
     'sgd':              StateRule('SGD', per_parameter(), _of(torch.optim.SGD)),
     'sgdm':             StateRule('SGDM', per_parameter(['momentum_buffer']), _of(torch.optim.SGD, momentum=0.9)),
@@ -134,7 +134,7 @@ STATES |= {
 }
 if hasattr(torch.optim, 'Muon'): STATES['muon'] = StateRule('Muon and AdamW', _muon_rule, _muon)      # PyTorch 2.9 and later
 
-# %% ../nbs/04_memory.ipynb #b55d91e3
+# %% ../nbs/04_memory.ipynb #797895ed
 def _peer(name:str) -> Callable:
     return lambda named: [po_optimizer(name)([p for _, p in named])]
 
@@ -159,7 +159,7 @@ STATES |= {
     'po:Prodigy':  StateRule('Prodigy', per_parameter(['s', 'p0', 'exp_avg', 'exp_avg_sq']), _peer('Prodigy')),
 }
 
-# %% ../nbs/04_memory.ipynb #459a09ca
+# %% ../nbs/04_memory.ipynb #91e4a190
 def _named(params) -> dict:
     "Shapes by name; a plain list is numbered."
     return params if isinstance(params, dict) else {f'p{i}': shape for i, shape in enumerate(params)}
@@ -186,7 +186,7 @@ def state_size(
     "The optimizer's state by rule. Raises `KeyError` for an unknown optimizer."
     return sum(buffer.bytes for buffer in state_buffers(optimizer, params, dtype))
 
-# %% ../nbs/04_memory.ipynb #be1737bd
+# %% ../nbs/04_memory.ipynb #94b6d36f
 def real_state(
     optimizer:str, # as in STATES
     params, # shapes: a list, or a dict by parameter name
@@ -210,7 +210,7 @@ def real_state(
         for opt in opts: opt.step(*[loss] * isinstance(opt, torch.optim.LBFGS))
     return opts
 
-# %% ../nbs/04_memory.ipynb #076d8f39
+# %% ../nbs/04_memory.ipynb #1890cf42
 PAPER_MODELS = 'vit_s16', 'vit_h14', 'gpt2-xl', 'llama2-7b'
 SHOWN = 'sgd_sai_momentum0', 'adafactor', 'sgd_sai_int8', 'sgd_sai_bf16', 'sgd_sai', 'sgdm', 'po:Lion', 'po:AdamMini', 'adahessian', 'adamw', 'po:Prodigy', 'adan'
 
@@ -234,7 +234,7 @@ class _Table(list):
         import pandas as pd
         return pd.DataFrame(self, columns=self.Row._fields)
 
-# %% ../nbs/04_memory.ipynb #d26277cc
+# %% ../nbs/04_memory.ipynb #772f39ff
 class MemoryRow(NamedTuple):
     "State of one optimizer for one model."
     model: str        # as in SHAPES
@@ -272,7 +272,7 @@ def memory_table(
     return MemoryTable(MemoryRow(model, name, counts[model], counts[model] * dtype.itemsize, state_size(name, shapes[model], dtype))
                        for model in shapes for name in dict.fromkeys(optimizers))
 
-# %% ../nbs/04_memory.ipynb #3e2d52b6
+# %% ../nbs/04_memory.ipynb #6a7a844b
 def plot_memory(
     table:MemoryTable,
     model:str|None=None, # which of the table's; None: the last
@@ -298,7 +298,7 @@ def plot_memory(
         plt.close(fig)
     return fig
 
-# %% ../nbs/04_memory.ipynb #fdb52633
+# %% ../nbs/04_memory.ipynb #d6d4354b
 MIB, GIB = 2**20, 2**30
 
 class CudaMemory(NamedTuple):
@@ -328,7 +328,7 @@ def cuda_memory(
         allocated += block
     return CudaMemory(allocated, reserved)
 
-# %% ../nbs/04_memory.ipynb #b632a293
+# %% ../nbs/04_memory.ipynb #4a6942ce
 PAPER = { # model, optimizer -> "GB" as printed (arXiv 2412.11768)
     ('vit_s16', 'sgd_sai'): 0.08, ('vit_s16', 'adamw'): 0.17, ('vit_h14', 'sgd_sai'): 2.42, ('vit_h14', 'adamw'): 4.86,
     ('gpt2-xl', 'sgd_sai'): 5.93, ('gpt2-xl', 'adamw'): 11.86, ('llama2-7b', 'sgd_sai'): 25.15, ('llama2-7b', 'adamw'): 49.48,
