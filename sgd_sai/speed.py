@@ -9,7 +9,7 @@ __all__ = ['CONTESTANTS', 'SERIES', 'SERIES_NAMES', 'BUSY_NAMES', 'MODELS_SHOWN'
            'busy_cores', 'measure_busy', 'speed_path', 'plot_ratios', 'plot_bandwidth', 'plot_models', 'plot_series',
            'plot_busy', 'plot_extras', 'plot_shares', 'speed_targets']
 
-# %% ../nbs/05_speed.ipynb #bf5c2085
+# %% ../nbs/05_speed.ipynb #f1d5fad5
 import contextlib, gc, io, logging, os, statistics, subprocess, sys, time
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -22,7 +22,7 @@ from .adan import Adan
 from .optimizer import SGDSaI
 from .peers import authors_sgd_sai, po_optimizer
 
-# %% ../nbs/05_speed.ipynb #dcdf6485
+# %% ../nbs/05_speed.ipynb #e1d7c16b
 class Contestant(NamedTuple):
     "An optimizer that is timed, and the memory traffic that its step cannot do without."
     label: str             # in tables and figures
@@ -39,7 +39,7 @@ class Contestant(NamedTuple):
         "Bytes per parameter and step, for parameters in float32."
         return sum(self.widths.get(array, 4) for array in self.reads + self.writes)
 
-# %% ../nbs/05_speed.ipynb #1eda80e0
+# %% ../nbs/05_speed.ipynb #4f5a9c90
 class _GivenCurvature(AdaHessian):
     "AdaHessian without its second backward pass: every step gets the same estimate."
     def _look(self):
@@ -54,7 +54,7 @@ def _adamw(**how): return lambda p: torch.optim.AdamW(p, lr=_LR, weight_decay=_D
 def _sai(**how): return lambda p: SGDSaI(p, lr=_LR, weight_decay=_DECAY, **how)
 def _po(name:str): return lambda p: po_optimizer(name)(nn.ParameterList(p) if name == 'AdamMini' else p, lr=_LR, weight_decay=_DECAY)
 
-# %% ../nbs/05_speed.ipynb #1712bfdc
+# %% ../nbs/05_speed.ipynb #92f09782
 CONTESTANTS = { # name -> Contestant
     'sgd-fused':        Contestant('torch SGD, fused', 'sgdm', _sgd(**_FUSED), 'pgm', 'pm'),
     'sgd-foreach':      Contestant('torch SGD, foreach', 'sgdm', _sgd(**_FOREACH), 'pgm', 'pm'),
@@ -81,7 +81,7 @@ CONTESTANTS = { # name -> Contestant
                                    lambda p: _GivenCurvature(p, lr=_LR, weight_decay=_DECAY, average_window=False), 'pgmvD', 'pmv'),
 }
 
-# %% ../nbs/05_speed.ipynb #29c2922c
+# %% ../nbs/05_speed.ipynb #dc9ce036
 def random_parameters(
     shapes, # of the parameters
     device:str='cpu', # or 'cuda'
@@ -117,7 +117,7 @@ def take_turns(
         if time.perf_counter() - begin > budget: break
     return mine, theirs
 
-# %% ../nbs/05_speed.ipynb #46160c6e
+# %% ../nbs/05_speed.ipynb #dc73be5c
 def quartiles(
     values:list[float], # one is enough
 ) -> dict: # low, median, high
@@ -125,7 +125,7 @@ def quartiles(
     low, median, high = statistics.quantiles(values, n=4, method='inclusive') if len(values) > 1 else values * 3
     return {'low': low, 'median': median, 'high': high}
 
-# %% ../nbs/05_speed.ipynb #fcafd183
+# %% ../nbs/05_speed.ipynb #c348e520
 def _compiled(opt) -> tuple[Callable, str]:
     "The step of `opt` through torch.compile, and how many graph breaks there are. Raises `RuntimeError` in one line when it fails."
     from torch._dynamo.utils import counters
@@ -156,7 +156,17 @@ def _one_line(e:Exception) -> str:
     text = next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__)
     return text if len(text) <= 200 else text[:197] + '...'
 
-# %% ../nbs/05_speed.ipynb #f3678aa5
+# %% ../nbs/05_speed.ipynb #7babcf7b
+@contextlib.contextmanager
+def _silent():
+    "Nothing is written to stderr: what the profiler says about itself is for its developers."
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try: yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept), os.close(nowhere)
+
 def allocated_peak(
     f:Callable, # called once
     device:str='cpu', # 'cpu' or 'cuda'
@@ -170,8 +180,8 @@ def allocated_peak(
         f()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
-    os.environ.setdefault('KINETO_LOG_LEVEL', '99')                     # the profiler's own messages are for its developers
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as prof: f()
+    os.environ.setdefault('KINETO_LOG_LEVEL', '99')
+    with _silent(), torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as prof: f()
     live = peak = 0
     for event in prof.profiler.kineto_results.events():
         if event.name() == '[memory]':
@@ -179,7 +189,7 @@ def allocated_peak(
             peak = max(peak, live)
     return peak
 
-# %% ../nbs/05_speed.ipynb #7f49e0a4
+# %% ../nbs/05_speed.ipynb #a2c55e0e
 def _movers(entries:int, device:str) -> dict[str, tuple[int, Callable]]:
     "Kind -> bytes that it moves per entry, and what moves them."
     a, b, c = (torch.rand(entries, device=device) for _ in range(3))
@@ -207,7 +217,7 @@ def bandwidth(
     return {kind: {'bytes': moved, 'median': moved * entries / statistics.median(times[kind][1:]), 'best': moved * entries / min(times[kind][1:])}
             for kind, (moved, _) in movers.items()}
 
-# %% ../nbs/05_speed.ipynb #3d41da6c
+# %% ../nbs/05_speed.ipynb #c42ef1da
 def first_step(
     params:list[nn.Parameter], # with gradients
     rounds:int=7, # of four steps each
@@ -227,7 +237,7 @@ def first_step(
         sgd_fresh.append(seconds_of(theirs(params).step, device) / sgd_ordinary - 1)
     return {'ordinary_ms': quartiles(ms), 'gsnr': quartiles(gsnr), 'with_allocation': quartiles(fresh), 'sgd_allocation': quartiles(sgd_fresh), 'rounds': rounds}
 
-# %% ../nbs/05_speed.ipynb #b3cb5893
+# %% ../nbs/05_speed.ipynb #239e9295
 def choose(
     names=None, # of contestants; None: all usual ones
     compiled:bool=False, # those that go through torch.compile too
@@ -268,7 +278,7 @@ def _row(c:Contestant, note:str, mine:list[float], theirs:list[float], step:Call
             'ratio': quartiles([a / b for a, b in zip(mine, theirs)]), 'peak_bytes': allocated_peak(step, device),
             'seconds': [round(t, 7) for t in mine], 'reference_seconds': theirs}
 
-# %% ../nbs/05_speed.ipynb #cb5f4aa4
+# %% ../nbs/05_speed.ipynb #2256f22c
 def measure_speed(
     shapes, # of the parameters
     contestants:dict[str, Contestant]|None=None, # from choose; None: all usual ones
@@ -300,40 +310,38 @@ def with_floor(
         row['times_floor'] = {key: ms / row['floor_ms'] for key, ms in row['ms'].items()}
     return record
 
-# %% ../nbs/05_speed.ipynb #b8f4c898
+# %% ../nbs/05_speed.ipynb #0c3764a4
 def _short(x:float) -> str:
     "Three digits, or all before the point."
-    return f'{x:.0f}' if x >= 100 else f'{x:.3g}'
+    return f'{x:.0f}' if x >= 100 else f'{x:.3g}' if x < 1 else f'{x:.2f}' if x < 10 else f'{x:.1f}'
 
 def speed_table(
-    record:dict, # from measure_speed
+    record:dict, # from measure_speed or measure_busy
     title:str='', # e.g. the model
 ): # a rich table
-    "A record as a table that fits into 100 columns: medians and quartiles."
+    "A record as a table that fits into 80 columns: medians, and quartiles of the ratio."
     from rich.table import Table
-    beside = record['optimizers'][record['reference']]['label']
-    table = Table(title=f"{title}: {record['parameters']:,} parameters in {record['tensors']} tensors, {record['device']}, {record['threads']} threads, times beside {beside}",
-                  title_justify='left', box=None, padding=(0, 1, 0, 0))
-    for column in ('optimizer', 'ms/step', '(quartiles)', 'x', '(quartiles)', 'x floor', 'bytes', 'temporary'):
-        table.add_column(column, justify='left' if column == 'optimizer' else 'right', no_wrap=True)
+    table = Table(title=f"{title}: {record['parameters']:,} parameters, {record['tensors']} tensors, {record['device']}, {record['threads']} threads", title_justify='left', box=None, padding=(0, 1, 0, 0))
+    for column in ('optimizer', 'ms/step', 'ratio', '(quartiles)', 'x floor', 'bytes', 'temporary'): table.add_column(column, justify='left' if column == 'optimizer' else 'right', no_wrap=True)
     for row in record['optimizers'].values():
-        ms, x = row['ms'], row['ratio']
-        table.add_row(row['label'], _short(ms['median']), f"{_short(ms['low'])}-{_short(ms['high'])}", f"{x['median']:.2f}", f"{x['low']:.2f}-{x['high']:.2f}",
-                      f"{row['times_floor']['median']:.2f}" if 'times_floor' in row else '', f"{row['bytes']:.3g}", f"{100 * row['peak_bytes'] / (4 * record['parameters']):.2f} %")
+        ratio = row['ratio']
+        table.add_row(row['label'], _short(row['ms']['median']), _short(ratio['median']), f"{_short(ratio['low'])}-{_short(ratio['high'])}",
+                      _short(row['times_floor']['median']) if 'times_floor' in row else '', f"{row['bytes']:.3g}", f"{100 * row['peak_bytes'] / (4 * record['parameters']):.2f} %")
     return table
 
 def speed_notes(
-    record:dict, # from measure_speed
+    record:dict, # from measure_speed, measure_busy or measure_series
 ) -> list[str]: # lines of text
-    "What stands beneath the table: the floor, the first step, who is absent and why."
-    lines, rates, first = [], record.get('bandwidth'), record.get('first_step')
-    if rates: lines.append(f"bytes: per parameter, that a step cannot do without; floor: those at {rates['used'] / 1e9:.1f} GB/s ({rates['kind']}, the fastest of {len(rates['before'])} kinds)")
-    lines.append('temporary: peak of memory that a step allocates and releases, of the parameters')
+    "What stands beneath the table: what is what, the first step, who is absent and why."
+    lines, rows, rates, first = [], record.get('optimizers'), record.get('bandwidth'), record.get('first_step')
+    if rows: lines.append(f"ratio: to {rows[record['reference']]['label']} in the same round; temporary: memory that a step allocates and releases, of the parameters")
+    if rates: lines.append(f"floor: the bytes per parameter that a step cannot do without, at {rates['used'] / 1e9:.1f} GB/s ({rates['kind']}, the fastest of {len(rates['before'])} ways to move bytes)"
+                           + ('; so few parameters stay in the cache, and the rate is that of the cache' if record['parameters'] < 8e6 else ''))
     if first: lines.append(f"first step of SGDSaI: g-SNR takes {first['gsnr']['median']:.2f} ordinary steps; with the allocation of its state {first['with_allocation']['median']:.2f}")
-    lines += [f"{row['label']}: {row['note']}" for row in record['optimizers'].values() if row['note']]
+    lines += [f"{row['label']}: {row['note']}" for row in (rows or {}).values() if row['note']]
     return lines + [f'left out: {reason}' for reason in record['absent'].values()]
 
-# %% ../nbs/05_speed.ipynb #1b3d0f5f
+# %% ../nbs/05_speed.ipynb #48b6c41f
 SERIES = { # name -> (number of tensors, entries of each)
     'same total': [(1, 1 << 19), (2, 1 << 18), (8, 1 << 16), (32, 1 << 14), (128, 1 << 12), (512, 1 << 10), (2048, 1 << 8)],
     'same size':  [(10, 256), (30, 256), (100, 256), (300, 256), (1000, 256), (3000, 256)],
@@ -357,7 +365,7 @@ def measure_series(
     progress(len(todo), len(todo), '')
     return {'series': points, 'rounds': rounds, 'reference': reference, 'absent': absent, **_machine(device)}
 
-# %% ../nbs/05_speed.ipynb #b7bdd509
+# %% ../nbs/05_speed.ipynb #149c9409
 def series_table(
     record:dict, # from measure_series
 ): # a rich table
@@ -372,7 +380,7 @@ def series_table(
                           *(f"{1e3 * point['optimizers'][name]['ms']['median']:.0f}" if name in point['optimizers'] else '' for name in labels))
     return table
 
-# %% ../nbs/05_speed.ipynb #b3190077
+# %% ../nbs/05_speed.ipynb #b2f80fcd
 _BUSY = """
 import os, sys, threading, torch
 threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
@@ -410,7 +418,7 @@ def measure_busy(
     with busy_cores(): busy, _ = race(params, contestants, reference, rounds, device, budget, progress)
     return {'parameters': sum(p.numel() for p in params), 'tensors': len(params), 'rounds': rounds, 'reference': reference, 'optimizers': rows, 'busy': busy, 'absent': absent, **_machine(device)}
 
-# %% ../nbs/05_speed.ipynb #8e7c601a
+# %% ../nbs/05_speed.ipynb #f54166cd
 def speed_path(
     folder, # root of the run files
     name:str, # of the model or measurement
@@ -419,7 +427,7 @@ def speed_path(
     "Where the record of a measurement belongs."
     return Path(folder) / 'speed' / (f'{name}.json' if device == 'cpu' else f'{name}-{device}.json')
 
-# %% ../nbs/05_speed.ipynb #1ca036ff
+# %% ../nbs/05_speed.ipynb #22c9f0f3
 def _color(name:str) -> str:
     "The colour of a contestant, the same in every figure."
     from sgd_sai.style import MUTED, OPTIMIZER_STYLE, optimizer_style
@@ -439,7 +447,7 @@ def _bars(ax, entries:list[tuple[str, dict, str]]):
     ax.set_yticks([-i for i in range(len(entries))], [label for label, *_ in entries])
     ax.grid(axis='y', visible=False)
 
-# %% ../nbs/05_speed.ipynb #240fd903
+# %% ../nbs/05_speed.ipynb #4d74fe8e
 def plot_ratios(
     record:dict, # from measure_speed
 ): # matplotlib figure
@@ -457,7 +465,7 @@ def plot_ratios(
         ax.axvline(1, color=INK, linewidth=0.8, linestyle=(0, (2, 2)))
     return fig
 
-# %% ../nbs/05_speed.ipynb #91f76e6a
+# %% ../nbs/05_speed.ipynb #f4ae0f48
 def plot_bandwidth(
     record:dict, # from measure_speed
 ): # matplotlib figure
@@ -481,7 +489,7 @@ def plot_bandwidth(
         ax.grid(axis='y', visible=False)
     return fig
 
-# %% ../nbs/05_speed.ipynb #acb41789
+# %% ../nbs/05_speed.ipynb #95d92aae
 MODELS_SHOWN = ('sgd_sai', 'sgd-fused', 'adamw-fused', 'authors')
 
 def plot_models(
@@ -515,7 +523,7 @@ def _plain_ticks(ax):
         axis.set_major_formatter(StrMethodFormatter('{x:g}'))
         axis.set_minor_formatter(NullFormatter())
 
-# %% ../nbs/05_speed.ipynb #547f3828
+# %% ../nbs/05_speed.ipynb #6b406a18
 def plot_series(
     record:dict, # from measure_series
 ): # matplotlib figure
@@ -537,7 +545,7 @@ def plot_series(
         axes[0][0].legend(fontsize=8.5)
     return fig
 
-# %% ../nbs/05_speed.ipynb #079e4205
+# %% ../nbs/05_speed.ipynb #8197fb04
 def plot_busy(
     record:dict, # from measure_busy
 ): # matplotlib figure
@@ -559,7 +567,7 @@ def plot_busy(
         ax.margins(x=0.15)
     return fig
 
-# %% ../nbs/05_speed.ipynb #061509e6
+# %% ../nbs/05_speed.ipynb #b673a1f6
 def plot_extras(
     record:dict, # from measure_speed, with first_step
 ): # matplotlib figure
@@ -579,7 +587,7 @@ def plot_extras(
         right.set(xscale='log', xlabel='temporary memory (% of the parameters)', title='Memory beyond the state')
     return fig
 
-# %% ../nbs/05_speed.ipynb #7355e108
+# %% ../nbs/05_speed.ipynb #b23319f1
 def plot_shares(
     costs:dict[str, dict], # title -> from experiments.cost.step_costs
 ): # matplotlib figure
@@ -600,7 +608,7 @@ def plot_shares(
             ax.margins(y=0.12)
     return fig
 
-# %% ../nbs/05_speed.ipynb #650d26e0
+# %% ../nbs/05_speed.ipynb #b94b5057
 def _beside(rows:dict, name:str, other:str|None=None) -> float:
     "Median ratio of `name`, to the reference or to another contestant through the reference."
     return rows[name]['ratio']['median'] / (rows[other]['ratio']['median'] if other else 1)
