@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _use_grad_for_differentiable
 
-from .base import AveragingOptimizer, average_dtype, check_betas, check_lr, check_range, debias, lr_of
+from .base import AveragingOptimizer, average_dtype, check_betas, check_lr, check_range, debias, lr_of, shrink_
 from .pieces import PIECE, SMALL, in_float32, pieces, plain, real
 
 # %% ../nbs/02_adan.ipynb #34d71fd8
@@ -45,15 +45,6 @@ def _factors(
     c1, c2, c3 = (debias(beta, t) for beta in betas)
     return c3**0.5, c1 / -lr if isinstance(lr, Tensor) or lr else -math.inf, c2 / (c1 * betas[1]) if betas[1] else None
 
-def _shrink_(
-    params:list,
-    x, # float or 0-d tensor; None: leave them alone
-):
-    "p -= x p. Exact to one rounding, where a product with the rounded number 1 - x would err the same way in every step."
-    if isinstance(x, Tensor):
-        for p in params: p.addcmul_(p, x.to(p.device), value=-1)
-    elif x is not None: torch._foreach_add_(params, params, alpha=-x)
-
 def _step_one(p, g, m, v, n, scratch, root, divisor, ratio, *, betas, eps, before, after, path=None):
     "The equations on one tensor: `scratch` comes with -g of the last step and leaves with that of this one; p shrinks by the share `before` or `after` the step."
     b1, b2, b3 = betas
@@ -64,10 +55,10 @@ def _step_one(p, g, m, v, n, scratch, root, divisor, ratio, *, betas, eps, befor
     n.mul_(b3).addcmul_(scratch, scratch, value=1 - b3)
     scratch.copy_(n).sqrt_().div_(root).add_(eps)
     old, metric = (p.clone(), scratch.clone()) if path is not None else (None, None)
-    _shrink_([p], before)
+    shrink_([p], before)
     p.addcdiv_(m, scratch.mul_(divisor))
     if ratio is not None: p.addcdiv_(v, scratch.mul_(ratio))
-    _shrink_([p], after)
+    shrink_([p], after)
     if path is not None:
         length = metric.mul_((p - old).square_()).sum()
         path.add_((length.full_tensor() if hasattr(length, 'full_tensor') else length).to(path.device))
@@ -99,13 +90,13 @@ def _foreach(tensors, factors, paths, *, betas, eps, before, after):
     torch._foreach_sqrt_(scratch)
     torch._foreach_div_(scratch, roots)
     torch._foreach_add_(scratch, eps)
-    _shrink_(params, before)
+    shrink_(params, before)
     torch._foreach_mul_(scratch, divisors)
     torch._foreach_addcdiv_(params, ms, scratch)
     if b2:
         torch._foreach_mul_(scratch, ratios)
         torch._foreach_addcdiv_(params, vs, scratch)
-    _shrink_(params, after)
+    shrink_(params, after)
     torch._foreach_copy_(scratch, grads)
     torch._foreach_neg_(scratch)
 

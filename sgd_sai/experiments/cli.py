@@ -70,7 +70,7 @@ def compare(
     out: Annotated[Path, typer.Option(help='Folder for run files, table and figure.')] = Path('runs'),
     data: DataOption = None,
     device: Annotated[Optional[str], typer.Option(help="'cpu', or nothing for a GPU when there is one.")] = None,
-    precision: Annotated[str, typer.Option(help="'no' (float32), 'bf16' or 'fp16'.")] = 'no',
+    precision: Annotated[str, typer.Option(help="'no' (float32), 'bf16', 'fp16' (autocast), or 'bf16-true' (parameters in bfloat16).")] = 'no',
     fresh: Annotated[bool, typer.Option('--fresh', help='Train again what has been trained.')] = False,
     workers: Annotated[Optional[int], typer.Option(min=1, help='Processes that train side by side, with one thread each (default: 2 on a CPU, 1 on a GPU).')] = None,
 ):
@@ -80,9 +80,10 @@ def compare(
 
     from sgd_sai.experiments.compare import DEFAULT_OPTIMIZERS, bars, compare, summary_table
     from sgd_sai.experiments.tasks import get_task
+    from sgd_sai.experiments.train import PRECISIONS
     with _in_words():
         if device not in (None, 'cpu', 'cuda'): raise unknown('device', device, ('cpu', 'cuda'))
-        if precision not in ('no', 'bf16', 'fp16'): raise unknown('precision', precision, ('no', 'bf16', 'fp16'))
+        if precision not in PRECISIONS: raise unknown('precision', precision, PRECISIONS)
         names = tuple(name.strip() for name in optimizers.split(',') if name.strip()) or DEFAULT_OPTIMIZERS
         workers = workers or (1 if device != 'cpu' and torch.cuda.is_available() else min(2, os.cpu_count() or 1))
         made = compare(get_task(task), out, names, seeds, steps, precision, _settings(setting), device, fresh, data, bars, workers)

@@ -25,7 +25,7 @@ def plan(
     optimizers=DEFAULT_OPTIMIZERS, # registry names
     seeds:int=3, # runs per optimizer, with seeds 0, 1, ...
     steps:int|None=None, # None: the task's own number
-    precision:str='no', # 'no', 'bf16' or 'fp16'
+    precision:str='no', # one of train.PRECISIONS
     changes:dict|None=None, # optimizer -> hyperparameters that replace the task's
 ) -> list[RunSpec]: # in the order in which they are to be trained
     "The runs of a comparison, seeds outermost, so that an interrupted one has something of everything. Raises `UsageError` for what is wrong."

@@ -27,7 +27,7 @@ class RunSpec:
     batch_size: int
     warmup: int           # steps
     clip: float|None      # norm at which gradients are clipped
-    precision: str        # 'no' (float32), 'bf16' or 'fp16'
+    precision: str        # 'no' (float32), 'bf16' or 'fp16' (autocast), 'bf16-true' (parameters in bfloat16)
     data: str             # digest of the data
 
     @property

@@ -19,7 +19,7 @@ import torch
 
 from .runs import RunSpec, check_writable, load_run, load_runs, save_run
 from .tasks import Data, Task, UsageError, get_task, unknown
-from .train import check_spec, epoch_steps, make_spec, optimizer_class, train
+from .train import PRECISIONS, check_spec, epoch_steps, make_spec, optimizer_class, train
 from ..style import optimizer_style
 
 # %% ../../nbs/experiments/06_sweep.ipynb #be79b796
@@ -34,15 +34,17 @@ class Sweep:
     epochs: list|None = None # length of a run: number or list
     steps: list|None = None  # the same in steps; neither: the task's own
     batch_size: list|None = None # items per step: number or list; None: the task's own
+    precision: str = 'no'    # as in train.PRECISIONS
     lr_rule: str|dict = 'none' # how lr follows the batch size, see LR_RULES; or optimizer -> rule
     lr_factor: list = field(default_factory=lambda: [1]) # lr is multiplied by: number or list
-    grid: dict = field(default_factory=dict) # optimizer -> hyperparameter -> value or list of values, instead of the task's
+    grid: dict = field(default_factory=dict) # optimizer -> hyperparameter -> value or list of values, instead of the task's; null: the default
 
     def __post_init__(self):
         self.optimizers = list(dict.fromkeys(self.optimizers if isinstance(self.optimizers, list) else [self.optimizers]))
         if self.epochs and self.steps: raise UsageError('a sweep has epochs or steps, not both')
         for key, whole in dict(epochs=False, steps=True, batch_size=True, lr_factor=False).items():
             setattr(self, key, getattr(self, key) and _numbers(key, getattr(self, key), whole))
+        if self.precision not in PRECISIONS: raise unknown('precision', str(self.precision), PRECISIONS)
         if len(_numbers('seeds', self.seeds, True)) > 1: raise UsageError('seeds is the number of seeds')
         if not isinstance(self.lr_rule, dict): self.lr_rule = dict.fromkeys(self.optimizers, self.lr_rule)
         for rule in self.lr_rule.values():
@@ -105,14 +107,14 @@ def expand(
 ) -> list[RunSpec]: # without duplicates
     "The runs of a sweep in the order of training: seeds outermost, then the expensive ones first. Raises `UsageError` for what is wrong."
     task, specs = get_task(sweep.task), []
-    points = {name: [dict(zip(lists, values)) for values in itertools.product(*lists.values())]
+    points = {name: [{key: value for key, value in zip(lists, values) if value is not None} for values in itertools.product(*lists.values())]
               for name in sweep.optimizers for lists in [sweep.grid.get(name, {})]}
     for name, size, factor in itertools.product(sweep.optimizers, sweep.batch_size or [task.batch_size], sweep.lr_factor):
         power = LR_RULES[sweep.lr_rule.get(name, 'none')]
         lengths = [epoch_steps(data, epochs, size) for epochs in sweep.epochs] if sweep.epochs else sweep.steps or [task.steps]
         for point, steps, seed in itertools.product(points[name], lengths, range(sweep.seeds)):
             changes = _scaled(task, name, point, factor * (size / task.batch_size) ** power)
-            specs.append(make_spec(task, data, name, seed, steps, batch_size=size, **changes))
+            specs.append(make_spec(task, data, name, seed, steps, sweep.precision, size, **changes))
     for spec in specs: check_spec(spec)
     return list({spec.key: spec for spec in sorted(specs, key=lambda spec: (spec.seed, -cost(spec)))}.values())
 
