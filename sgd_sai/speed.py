@@ -9,7 +9,7 @@ __all__ = ['CONTESTANTS', 'SERIES', 'SERIES_NAMES', 'BUSY_NAMES', 'MODELS_SHOWN'
            'busy_cores', 'measure_busy', 'speed_path', 'plot_ratios', 'plot_bandwidth', 'plot_models', 'plot_series',
            'plot_busy', 'plot_extras', 'plot_shares', 'speed_targets']
 
-# %% ../nbs/05_speed.ipynb #f1d5fad5
+# %% ../nbs/05_speed.ipynb #716ed848
 import contextlib, gc, io, logging, os, statistics, subprocess, sys, time
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -22,7 +22,7 @@ from .adan import Adan
 from .optimizer import SGDSaI
 from .peers import authors_sgd_sai, po_optimizer
 
-# %% ../nbs/05_speed.ipynb #e1d7c16b
+# %% ../nbs/05_speed.ipynb #b84262db
 class Contestant(NamedTuple):
     "An optimizer that is timed, and the memory traffic that its step cannot do without."
     label: str             # in tables and figures
@@ -39,7 +39,7 @@ class Contestant(NamedTuple):
         "Bytes per parameter and step, for parameters in float32."
         return sum(self.widths.get(array, 4) for array in self.reads + self.writes)
 
-# %% ../nbs/05_speed.ipynb #4f5a9c90
+# %% ../nbs/05_speed.ipynb #c242587c
 class _GivenCurvature(AdaHessian):
     "AdaHessian without its second backward pass: every step gets the same estimate."
     def _look(self):
@@ -54,7 +54,7 @@ def _adamw(**how): return lambda p: torch.optim.AdamW(p, lr=_LR, weight_decay=_D
 def _sai(**how): return lambda p: SGDSaI(p, lr=_LR, weight_decay=_DECAY, **how)
 def _po(name:str): return lambda p: po_optimizer(name)(nn.ParameterList(p) if name == 'AdamMini' else p, lr=_LR, weight_decay=_DECAY)
 
-# %% ../nbs/05_speed.ipynb #92f09782
+# %% ../nbs/05_speed.ipynb #99ae2cb2
 CONTESTANTS = { # name -> Contestant
     'sgd-fused':        Contestant('torch SGD, fused', 'sgdm', _sgd(**_FUSED), 'pgm', 'pm'),
     'sgd-foreach':      Contestant('torch SGD, foreach', 'sgdm', _sgd(**_FOREACH), 'pgm', 'pm'),
@@ -71,7 +71,7 @@ CONTESTANTS = { # name -> Contestant
     'sgd_sai-compiled': Contestant('SGDSaI, torch.compile', 'sgd_sai', _sai(), 'pgm', 'pm', usual=False, compiled=True),
     'sgd_sai-plain':    Contestant('SGDSaI, no momentum', 'sgd_sai', _sai(momentum=0.0), 'pg', 'p'),
     'sgd_sai-bf16':     Contestant('SGDSaI, bfloat16 state', 'sgd_sai', _sai(state_dtype=torch.bfloat16), 'pgm', 'pm', {'m': 2}),
-    'sgd_sai-int8':     Contestant('SGDSaI, int8 state', 'sgd_sai', _sai(state_dtype=torch.int8), 'pgm', 'pm', {'m': 1 + 4/256}, usual=False),
+    'sgd_sai-int8':     Contestant('SGDSaI, int8 state', 'sgd_sai', _sai(state_dtype=torch.int8), 'pgm', 'pm', {'m': 1 + 4/256}),
     'authors':          Contestant("authors' package", 'authors', lambda p: authors_sgd_sai()(p, lr=_LR, weight_decay=_DECAY), 'pgm', 'pm'),
     'po-sgdsai':        Contestant('pytorch_optimizer SGDSaI', 'po:SGDSaI', _po('SGDSaI'), 'pgm', 'pm'),
     'adam-mini':        Contestant('Adam-mini', 'po:AdamMini', _po('AdamMini'), 'ggmp', 'mp'),
@@ -81,7 +81,7 @@ CONTESTANTS = { # name -> Contestant
                                    lambda p: _GivenCurvature(p, lr=_LR, weight_decay=_DECAY, average_window=False), 'pgmvD', 'pmv'),
 }
 
-# %% ../nbs/05_speed.ipynb #dc9ce036
+# %% ../nbs/05_speed.ipynb #eda4fffe
 def random_parameters(
     shapes, # of the parameters
     device:str='cpu', # or 'cuda'
@@ -117,7 +117,7 @@ def take_turns(
         if time.perf_counter() - begin > budget: break
     return mine, theirs
 
-# %% ../nbs/05_speed.ipynb #dc73be5c
+# %% ../nbs/05_speed.ipynb #9e14a484
 def quartiles(
     values:list[float], # one is enough
 ) -> dict: # low, median, high
@@ -125,7 +125,7 @@ def quartiles(
     low, median, high = statistics.quantiles(values, n=4, method='inclusive') if len(values) > 1 else values * 3
     return {'low': low, 'median': median, 'high': high}
 
-# %% ../nbs/05_speed.ipynb #c348e520
+# %% ../nbs/05_speed.ipynb #41d957f2
 def _compiled(opt) -> tuple[Callable, str]:
     "The step of `opt` through torch.compile, and how many graph breaks there are. Raises `RuntimeError` in one line when it fails."
     from torch._dynamo.utils import counters
@@ -156,7 +156,7 @@ def _one_line(e:Exception) -> str:
     text = next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__)
     return text if len(text) <= 200 else text[:197] + '...'
 
-# %% ../nbs/05_speed.ipynb #7babcf7b
+# %% ../nbs/05_speed.ipynb #de77f7f8
 @contextlib.contextmanager
 def _silent():
     "Nothing is written to stderr: what the profiler says about itself is for its developers."
@@ -189,7 +189,7 @@ def allocated_peak(
             peak = max(peak, live)
     return peak
 
-# %% ../nbs/05_speed.ipynb #a2c55e0e
+# %% ../nbs/05_speed.ipynb #6bb98069
 def _movers(entries:int, device:str) -> dict[str, tuple[int, Callable]]:
     "Kind -> bytes that it moves per entry, and what moves them."
     a, b, c = (torch.rand(entries, device=device) for _ in range(3))
@@ -217,7 +217,7 @@ def bandwidth(
     return {kind: {'bytes': moved, 'median': moved * entries / statistics.median(times[kind][1:]), 'best': moved * entries / min(times[kind][1:])}
             for kind, (moved, _) in movers.items()}
 
-# %% ../nbs/05_speed.ipynb #c42ef1da
+# %% ../nbs/05_speed.ipynb #287e708b
 def first_step(
     params:list[nn.Parameter], # with gradients
     rounds:int=7, # of four steps each
@@ -237,7 +237,7 @@ def first_step(
         sgd_fresh.append(seconds_of(theirs(params).step, device) / sgd_ordinary - 1)
     return {'ordinary_ms': quartiles(ms), 'gsnr': quartiles(gsnr), 'with_allocation': quartiles(fresh), 'sgd_allocation': quartiles(sgd_fresh), 'rounds': rounds}
 
-# %% ../nbs/05_speed.ipynb #239e9295
+# %% ../nbs/05_speed.ipynb #c698a970
 def choose(
     names=None, # of contestants; None: all usual ones
     compiled:bool=False, # those that go through torch.compile too
@@ -278,7 +278,7 @@ def _row(c:Contestant, note:str, mine:list[float], theirs:list[float], step:Call
             'ratio': quartiles([a / b for a, b in zip(mine, theirs)]), 'peak_bytes': allocated_peak(step, device),
             'seconds': [round(t, 7) for t in mine], 'reference_seconds': theirs}
 
-# %% ../nbs/05_speed.ipynb #2256f22c
+# %% ../nbs/05_speed.ipynb #1d38b5cb
 def measure_speed(
     shapes, # of the parameters
     contestants:dict[str, Contestant]|None=None, # from choose; None: all usual ones
@@ -310,10 +310,10 @@ def with_floor(
         row['times_floor'] = {key: ms / row['floor_ms'] for key, ms in row['ms'].items()}
     return record
 
-# %% ../nbs/05_speed.ipynb #0c3764a4
+# %% ../nbs/05_speed.ipynb #31563379
 def _short(x:float) -> str:
-    "Three digits, or all before the point."
-    return f'{x:.0f}' if x >= 100 else f'{x:.3g}' if x < 1 else f'{x:.2f}' if x < 10 else f'{x:.1f}'
+    "At most three digits, or all before the point."
+    return f'{x:.0f}' if x >= 100 else f'{x:.2g}' if x < 0.1 else f'{x:.3g}' if x < 1 else f'{x:.2f}' if x < 10 else f'{x:.1f}'
 
 def speed_table(
     record:dict, # from measure_speed or measure_busy
@@ -341,7 +341,7 @@ def speed_notes(
     lines += [f"{row['label']}: {row['note']}" for row in (rows or {}).values() if row['note']]
     return lines + [f'left out: {reason}' for reason in record['absent'].values()]
 
-# %% ../nbs/05_speed.ipynb #48b6c41f
+# %% ../nbs/05_speed.ipynb #96669832
 SERIES = { # name -> (number of tensors, entries of each)
     'same total': [(1, 1 << 19), (2, 1 << 18), (8, 1 << 16), (32, 1 << 14), (128, 1 << 12), (512, 1 << 10), (2048, 1 << 8)],
     'same size':  [(10, 256), (30, 256), (100, 256), (300, 256), (1000, 256), (3000, 256)],
@@ -365,7 +365,7 @@ def measure_series(
     progress(len(todo), len(todo), '')
     return {'series': points, 'rounds': rounds, 'reference': reference, 'absent': absent, **_machine(device)}
 
-# %% ../nbs/05_speed.ipynb #149c9409
+# %% ../nbs/05_speed.ipynb #3da5ffe4
 def series_table(
     record:dict, # from measure_series
 ): # a rich table
@@ -380,7 +380,7 @@ def series_table(
                           *(f"{1e3 * point['optimizers'][name]['ms']['median']:.0f}" if name in point['optimizers'] else '' for name in labels))
     return table
 
-# %% ../nbs/05_speed.ipynb #b2f80fcd
+# %% ../nbs/05_speed.ipynb #7de7dba2
 _BUSY = """
 import os, sys, threading, torch
 threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
@@ -418,7 +418,7 @@ def measure_busy(
     with busy_cores(): busy, _ = race(params, contestants, reference, rounds, device, budget, progress)
     return {'parameters': sum(p.numel() for p in params), 'tensors': len(params), 'rounds': rounds, 'reference': reference, 'optimizers': rows, 'busy': busy, 'absent': absent, **_machine(device)}
 
-# %% ../nbs/05_speed.ipynb #f54166cd
+# %% ../nbs/05_speed.ipynb #023162f1
 def speed_path(
     folder, # root of the run files
     name:str, # of the model or measurement
@@ -427,7 +427,7 @@ def speed_path(
     "Where the record of a measurement belongs."
     return Path(folder) / 'speed' / (f'{name}.json' if device == 'cpu' else f'{name}-{device}.json')
 
-# %% ../nbs/05_speed.ipynb #22c9f0f3
+# %% ../nbs/05_speed.ipynb #8c849536
 def _color(name:str) -> str:
     "The colour of a contestant, the same in every figure."
     from sgd_sai.style import MUTED, OPTIMIZER_STYLE, optimizer_style
@@ -447,7 +447,7 @@ def _bars(ax, entries:list[tuple[str, dict, str]]):
     ax.set_yticks([-i for i in range(len(entries))], [label for label, *_ in entries])
     ax.grid(axis='y', visible=False)
 
-# %% ../nbs/05_speed.ipynb #4d74fe8e
+# %% ../nbs/05_speed.ipynb #d3ba8688
 def plot_ratios(
     record:dict, # from measure_speed
 ): # matplotlib figure
@@ -465,7 +465,7 @@ def plot_ratios(
         ax.axvline(1, color=INK, linewidth=0.8, linestyle=(0, (2, 2)))
     return fig
 
-# %% ../nbs/05_speed.ipynb #f4ae0f48
+# %% ../nbs/05_speed.ipynb #f7e84d7f
 def plot_bandwidth(
     record:dict, # from measure_speed
 ): # matplotlib figure
@@ -489,7 +489,7 @@ def plot_bandwidth(
         ax.grid(axis='y', visible=False)
     return fig
 
-# %% ../nbs/05_speed.ipynb #95d92aae
+# %% ../nbs/05_speed.ipynb #6798040e
 MODELS_SHOWN = ('sgd_sai', 'sgd-fused', 'adamw-fused', 'authors')
 
 def plot_models(
@@ -506,7 +506,7 @@ def plot_models(
             have = [(x, record['optimizers'][name], record) for x, record in zip(xs, records.values()) if name in record['optimizers']]
             q = [[1e6 * row['ms'][key] / record['parameters'] for _, row, record in have] for key in ('low', 'median', 'high')]
             color = _color(name)
-            ax.plot([x for x, *_ in have], q[1], 'o-', color=color, linestyle='--' if name == 'authors' else '-', markersize=4, label=CONTESTANTS[name].label)
+            ax.plot([x for x, *_ in have], q[1], marker='o', color=color, linestyle='--' if name == 'authors' else '-', markersize=4, label=CONTESTANTS[name].label)
             ax.fill_between([x for x, *_ in have], q[0], q[2], color=color, alpha=0.15, linewidth=0)
         ax.plot(xs, [20e9 / record['bandwidth']['used'] for record in records.values()], color=INK, linestyle=':', label='floor of 20 bytes')
         for x, model in zip(xs, records): ax.annotate(model, (x, 0), xycoords=('data', 'axes fraction'), xytext=(0, 4), textcoords='offset points', ha='center', fontsize=8)
@@ -523,7 +523,7 @@ def _plain_ticks(ax):
         axis.set_major_formatter(StrMethodFormatter('{x:g}'))
         axis.set_minor_formatter(NullFormatter())
 
-# %% ../nbs/05_speed.ipynb #6b406a18
+# %% ../nbs/05_speed.ipynb #6df0a2c1
 def plot_series(
     record:dict, # from measure_series
 ): # matplotlib figure
@@ -545,7 +545,7 @@ def plot_series(
         axes[0][0].legend(fontsize=8.5)
     return fig
 
-# %% ../nbs/05_speed.ipynb #8197fb04
+# %% ../nbs/05_speed.ipynb #78d5181a
 def plot_busy(
     record:dict, # from measure_busy
 ): # matplotlib figure
@@ -567,7 +567,7 @@ def plot_busy(
         ax.margins(x=0.15)
     return fig
 
-# %% ../nbs/05_speed.ipynb #b673a1f6
+# %% ../nbs/05_speed.ipynb #04749189
 def plot_extras(
     record:dict, # from measure_speed, with first_step
 ): # matplotlib figure
@@ -587,7 +587,7 @@ def plot_extras(
         right.set(xscale='log', xlabel='temporary memory (% of the parameters)', title='Memory beyond the state')
     return fig
 
-# %% ../nbs/05_speed.ipynb #b23319f1
+# %% ../nbs/05_speed.ipynb #36297ea6
 def plot_shares(
     costs:dict[str, dict], # title -> from experiments.cost.step_costs
 ): # matplotlib figure
@@ -608,7 +608,7 @@ def plot_shares(
             ax.margins(y=0.12)
     return fig
 
-# %% ../nbs/05_speed.ipynb #b94b5057
+# %% ../nbs/05_speed.ipynb #34a1a266
 def _beside(rows:dict, name:str, other:str|None=None) -> float:
     "Median ratio of `name`, to the reference or to another contestant through the reference."
     return rows[name]['ratio']['median'] / (rows[other]['ratio']['median'] if other else 1)
