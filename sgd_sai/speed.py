@@ -9,7 +9,7 @@ __all__ = ['CONTESTANTS', 'SERIES', 'SERIES_NAMES', 'BUSY_NAMES', 'MODELS_SHOWN'
            'busy_cores', 'measure_busy', 'speed_path', 'plot_ratios', 'plot_bandwidth', 'plot_models', 'plot_series',
            'plot_busy', 'plot_extras', 'plot_shares', 'speed_targets']
 
-# %% ../nbs/05_speed.ipynb #716ed848
+# %% ../nbs/05_speed.ipynb #a15d1eed
 import contextlib, gc, io, logging, os, statistics, subprocess, sys, time
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -22,7 +22,7 @@ from .adan import Adan
 from .optimizer import SGDSaI
 from .peers import authors_sgd_sai, po_optimizer
 
-# %% ../nbs/05_speed.ipynb #b84262db
+# %% ../nbs/05_speed.ipynb #1bfb186e
 class Contestant(NamedTuple):
     "An optimizer that is timed, and the memory traffic that its step cannot do without."
     label: str             # in tables and figures
@@ -39,7 +39,7 @@ class Contestant(NamedTuple):
         "Bytes per parameter and step, for parameters in float32."
         return sum(self.widths.get(array, 4) for array in self.reads + self.writes)
 
-# %% ../nbs/05_speed.ipynb #c242587c
+# %% ../nbs/05_speed.ipynb #2b91962a
 class _GivenCurvature(AdaHessian):
     "AdaHessian without its second backward pass: every step gets the same estimate."
     def _look(self):
@@ -54,7 +54,7 @@ def _adamw(**how): return lambda p: torch.optim.AdamW(p, lr=_LR, weight_decay=_D
 def _sai(**how): return lambda p: SGDSaI(p, lr=_LR, weight_decay=_DECAY, **how)
 def _po(name:str): return lambda p: po_optimizer(name)(nn.ParameterList(p) if name == 'AdamMini' else p, lr=_LR, weight_decay=_DECAY)
 
-# %% ../nbs/05_speed.ipynb #99ae2cb2
+# %% ../nbs/05_speed.ipynb #5c4733c1
 CONTESTANTS = { # name -> Contestant
     'sgd-fused':        Contestant('torch SGD, fused', 'sgdm', _sgd(**_FUSED), 'pgm', 'pm'),
     'sgd-foreach':      Contestant('torch SGD, foreach', 'sgdm', _sgd(**_FOREACH), 'pgm', 'pm'),
@@ -81,7 +81,7 @@ CONTESTANTS = { # name -> Contestant
                                    lambda p: _GivenCurvature(p, lr=_LR, weight_decay=_DECAY, average_window=False), 'pgmvD', 'pmv'),
 }
 
-# %% ../nbs/05_speed.ipynb #eda4fffe
+# %% ../nbs/05_speed.ipynb #acd90631
 def random_parameters(
     shapes, # of the parameters
     device:str='cpu', # or 'cuda'
@@ -117,7 +117,7 @@ def take_turns(
         if time.perf_counter() - begin > budget: break
     return mine, theirs
 
-# %% ../nbs/05_speed.ipynb #9e14a484
+# %% ../nbs/05_speed.ipynb #2c1eb08d
 def quartiles(
     values:list[float], # one is enough
 ) -> dict: # low, median, high
@@ -125,7 +125,7 @@ def quartiles(
     low, median, high = statistics.quantiles(values, n=4, method='inclusive') if len(values) > 1 else values * 3
     return {'low': low, 'median': median, 'high': high}
 
-# %% ../nbs/05_speed.ipynb #41d957f2
+# %% ../nbs/05_speed.ipynb #c2cfbfbb
 def _compiled(opt) -> tuple[Callable, str]:
     "The step of `opt` through torch.compile, and how many graph breaks there are. Raises `RuntimeError` in one line when it fails."
     from torch._dynamo.utils import counters
@@ -146,9 +146,9 @@ def prepared(
     "Build an optimizer and let it make its first steps, which allocate and compile. Raises what building or stepping raises."
     with contextlib.redirect_stdout(io.StringIO()):                      # the authors' class prints
         opt = contestant.build(params)
-        opt.step()
+        slow = seconds_of(opt.step) > 2                                  # what takes so long needs no warming up
         step, note = _compiled(opt) if contestant.compiled else (opt.step, '')
-        step()
+        if not slow: step()
     return step, note
 
 def _one_line(e:Exception) -> str:
@@ -156,7 +156,7 @@ def _one_line(e:Exception) -> str:
     text = next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__)
     return text if len(text) <= 200 else text[:197] + '...'
 
-# %% ../nbs/05_speed.ipynb #de77f7f8
+# %% ../nbs/05_speed.ipynb #4e860760
 @contextlib.contextmanager
 def _silent():
     "Nothing is written to stderr: what the profiler says about itself is for its developers."
@@ -189,7 +189,7 @@ def allocated_peak(
             peak = max(peak, live)
     return peak
 
-# %% ../nbs/05_speed.ipynb #6bb98069
+# %% ../nbs/05_speed.ipynb #a730c104
 def _movers(entries:int, device:str) -> dict[str, tuple[int, Callable]]:
     "Kind -> bytes that it moves per entry, and what moves them."
     a, b, c = (torch.rand(entries, device=device) for _ in range(3))
@@ -217,7 +217,7 @@ def bandwidth(
     return {kind: {'bytes': moved, 'median': moved * entries / statistics.median(times[kind][1:]), 'best': moved * entries / min(times[kind][1:])}
             for kind, (moved, _) in movers.items()}
 
-# %% ../nbs/05_speed.ipynb #287e708b
+# %% ../nbs/05_speed.ipynb #5da5648e
 def first_step(
     params:list[nn.Parameter], # with gradients
     rounds:int=7, # of four steps each
@@ -237,7 +237,7 @@ def first_step(
         sgd_fresh.append(seconds_of(theirs(params).step, device) / sgd_ordinary - 1)
     return {'ordinary_ms': quartiles(ms), 'gsnr': quartiles(gsnr), 'with_allocation': quartiles(fresh), 'sgd_allocation': quartiles(sgd_fresh), 'rounds': rounds}
 
-# %% ../nbs/05_speed.ipynb #c698a970
+# %% ../nbs/05_speed.ipynb #c2ba9508
 def choose(
     names=None, # of contestants; None: all usual ones
     compiled:bool=False, # those that go through torch.compile too
@@ -252,6 +252,7 @@ def race(
     reference:str='sgd-fused', # name of the one that all are timed with
     rounds:int=20, device:str='cpu', budget:float=60.0, # as in take_turns
     progress:Callable=lambda done, total, label: None, # called before every contestant, and at the end
+    peaks:bool=True, # measure temporary memory too, which takes one more step
 ) -> tuple[dict, dict]: # name -> quartiles, seconds and peak_bytes; name -> why it is left out
     "Time every contestant in turns with the reference."
     rows, absent, pool = {}, {}, []
@@ -261,24 +262,24 @@ def race(
         progress(i, len(others), c.label)
         try:
             step, note = prepared(c, params)
-            rows[name] = _row(c, note, *take_turns(step, beside, rounds, device, budget), step, device)
+            rows[name] = _row(c, note, *take_turns(step, beside, rounds, device, budget), allocated_peak(step, device) if peaks else None)
             pool += rows[name].pop('reference_seconds')
         except (RuntimeError, ImportError, ValueError, TypeError, AttributeError) as e: absent[name] = f'{c.label}: {_one_line(e)}'
         step = None                                                     # the state goes before the next one comes
         gc.collect()
     pool = pool or take_turns(beside, beside, rounds, device, budget)[0]
-    first = _row(CONTESTANTS[reference], '', pool, pool, beside, device)
+    first = _row(CONTESTANTS[reference], '', pool, pool, allocated_peak(beside, device) if peaks else None)
     del first['reference_seconds']
     progress(len(others), len(others), '')
     return {reference: first, **rows}, absent
 
-def _row(c:Contestant, note:str, mine:list[float], theirs:list[float], step:Callable, device:str) -> dict:
+def _row(c:Contestant, note:str, mine:list[float], theirs:list[float], peak:int|None) -> dict:
     "One contestant's part of a record."
     return {'label': c.label, 'bytes': c.bytes, 'note': note, 'rounds': len(mine), 'ms': quartiles([1e3 * t for t in mine]),
-            'ratio': quartiles([a / b for a, b in zip(mine, theirs)]), 'peak_bytes': allocated_peak(step, device),
+            'ratio': quartiles([a / b for a, b in zip(mine, theirs)]), 'peak_bytes': peak,
             'seconds': [round(t, 7) for t in mine], 'reference_seconds': theirs}
 
-# %% ../nbs/05_speed.ipynb #1d38b5cb
+# %% ../nbs/05_speed.ipynb #5bc31a24
 def measure_speed(
     shapes, # of the parameters
     contestants:dict[str, Contestant]|None=None, # from choose; None: all usual ones
@@ -310,7 +311,7 @@ def with_floor(
         row['times_floor'] = {key: ms / row['floor_ms'] for key, ms in row['ms'].items()}
     return record
 
-# %% ../nbs/05_speed.ipynb #31563379
+# %% ../nbs/05_speed.ipynb #14e1dd2d
 def _short(x:float) -> str:
     "At most three digits, or all before the point."
     return f'{x:.0f}' if x >= 100 else f'{x:.2g}' if x < 0.1 else f'{x:.3g}' if x < 1 else f'{x:.2f}' if x < 10 else f'{x:.1f}'
@@ -326,7 +327,7 @@ def speed_table(
     for row in record['optimizers'].values():
         ratio = row['ratio']
         table.add_row(row['label'], _short(row['ms']['median']), _short(ratio['median']), f"{_short(ratio['low'])}-{_short(ratio['high'])}",
-                      _short(row['times_floor']['median']) if 'times_floor' in row else '', f"{row['bytes']:.3g}", f"{100 * row['peak_bytes'] / (4 * record['parameters']):.2f} %")
+                      _short(row['times_floor']['median']) if 'times_floor' in row else '', f"{row['bytes']:.3g}", f"{100 * row['peak_bytes'] / (4 * record['parameters']):.2f} %" if row['peak_bytes'] is not None else '')
     return table
 
 def speed_notes(
@@ -341,7 +342,7 @@ def speed_notes(
     lines += [f"{row['label']}: {row['note']}" for row in (rows or {}).values() if row['note']]
     return lines + [f'left out: {reason}' for reason in record['absent'].values()]
 
-# %% ../nbs/05_speed.ipynb #96669832
+# %% ../nbs/05_speed.ipynb #364ef582
 SERIES = { # name -> (number of tensors, entries of each)
     'same total': [(1, 1 << 19), (2, 1 << 18), (8, 1 << 16), (32, 1 << 14), (128, 1 << 12), (512, 1 << 10), (2048, 1 << 8)],
     'same size':  [(10, 256), (30, 256), (100, 256), (300, 256), (1000, 256), (3000, 256)],
@@ -365,7 +366,7 @@ def measure_series(
     progress(len(todo), len(todo), '')
     return {'series': points, 'rounds': rounds, 'reference': reference, 'absent': absent, **_machine(device)}
 
-# %% ../nbs/05_speed.ipynb #3da5ffe4
+# %% ../nbs/05_speed.ipynb #e6ada0c5
 def series_table(
     record:dict, # from measure_series
 ): # a rich table
@@ -380,7 +381,7 @@ def series_table(
                           *(f"{1e3 * point['optimizers'][name]['ms']['median']:.0f}" if name in point['optimizers'] else '' for name in labels))
     return table
 
-# %% ../nbs/05_speed.ipynb #7de7dba2
+# %% ../nbs/05_speed.ipynb #fa2323bd
 _BUSY = """
 import os, sys, threading, torch
 threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
@@ -415,10 +416,10 @@ def measure_busy(
     "Times of optimizer steps alone, and again while other processes keep every core busy."
     params, contestants = random_parameters(shapes, device), contestants or choose(BUSY_NAMES)
     rows, absent = race(params, contestants, reference, rounds, device, budget, progress)
-    with busy_cores(): busy, _ = race(params, contestants, reference, rounds, device, budget, progress)
+    with busy_cores(): busy, _ = race(params, contestants, reference, rounds, device, budget, progress, peaks=False)
     return {'parameters': sum(p.numel() for p in params), 'tensors': len(params), 'rounds': rounds, 'reference': reference, 'optimizers': rows, 'busy': busy, 'absent': absent, **_machine(device)}
 
-# %% ../nbs/05_speed.ipynb #023162f1
+# %% ../nbs/05_speed.ipynb #19a1153b
 def speed_path(
     folder, # root of the run files
     name:str, # of the model or measurement
@@ -427,7 +428,7 @@ def speed_path(
     "Where the record of a measurement belongs."
     return Path(folder) / 'speed' / (f'{name}.json' if device == 'cpu' else f'{name}-{device}.json')
 
-# %% ../nbs/05_speed.ipynb #8c849536
+# %% ../nbs/05_speed.ipynb #fdf0e99d
 def _color(name:str) -> str:
     "The colour of a contestant, the same in every figure."
     from sgd_sai.style import MUTED, OPTIMIZER_STYLE, optimizer_style
@@ -447,7 +448,7 @@ def _bars(ax, entries:list[tuple[str, dict, str]]):
     ax.set_yticks([-i for i in range(len(entries))], [label for label, *_ in entries])
     ax.grid(axis='y', visible=False)
 
-# %% ../nbs/05_speed.ipynb #d3ba8688
+# %% ../nbs/05_speed.ipynb #c3793e5d
 def plot_ratios(
     record:dict, # from measure_speed
 ): # matplotlib figure
@@ -465,7 +466,7 @@ def plot_ratios(
         ax.axvline(1, color=INK, linewidth=0.8, linestyle=(0, (2, 2)))
     return fig
 
-# %% ../nbs/05_speed.ipynb #f7e84d7f
+# %% ../nbs/05_speed.ipynb #022b450d
 def plot_bandwidth(
     record:dict, # from measure_speed
 ): # matplotlib figure
@@ -489,7 +490,7 @@ def plot_bandwidth(
         ax.grid(axis='y', visible=False)
     return fig
 
-# %% ../nbs/05_speed.ipynb #6798040e
+# %% ../nbs/05_speed.ipynb #811bea72
 MODELS_SHOWN = ('sgd_sai', 'sgd-fused', 'adamw-fused', 'authors')
 
 def plot_models(
@@ -511,19 +512,19 @@ def plot_models(
         ax.plot(xs, [20e9 / record['bandwidth']['used'] for record in records.values()], color=INK, linestyle=':', label='floor of 20 bytes')
         for x, model in zip(xs, records): ax.annotate(model, (x, 0), xycoords=('data', 'axes fraction'), xytext=(0, 4), textcoords='offset points', ha='center', fontsize=8)
         ax.set(xscale='log', yscale='log', xlabel='parameters (millions)', ylabel='step time per parameter (ns)')
-        _plain_ticks(ax)
+        _plain_ticks(ax.xaxis, ax.yaxis)
         ax.legend(ncols=2, fontsize=8.5)
     return fig
 
-def _plain_ticks(ax):
+def _plain_ticks(*axes):
     "Numbers instead of powers of ten on logarithmic axes that span little."
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
-    for axis in (ax.xaxis, ax.yaxis):
+    for axis in axes:
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter(StrMethodFormatter('{x:g}'))
         axis.set_minor_formatter(NullFormatter())
 
-# %% ../nbs/05_speed.ipynb #6df0a2c1
+# %% ../nbs/05_speed.ipynb #d3e39607
 def plot_series(
     record:dict, # from measure_series
 ): # matplotlib figure
@@ -545,29 +546,31 @@ def plot_series(
         axes[0][0].legend(fontsize=8.5)
     return fig
 
-# %% ../nbs/05_speed.ipynb #78d5181a
+# %% ../nbs/05_speed.ipynb #36db3a44
 def plot_busy(
     record:dict, # from measure_busy
 ): # matplotlib figure
-    "Step times alone and while every core is busy, on a logarithmic axis."
+    "Step times alone (open) and while every core is busy (full), on a logarithmic axis."
     from matplotlib import pyplot as plt
-    from sgd_sai.style import INK, figure_style
-    rows = _ordered(record['busy'])
+    from sgd_sai.style import figure_style
+    rows = sorted(record['busy'], key=lambda name: record['busy'][name]['ms']['median'])
     with figure_style():
-        fig, ax = plt.subplots(figsize=(7, 0.9 + 0.5 * len(rows)), layout='constrained')
-        for i, (row, color) in enumerate(rows):
-            alone = next(r for r in record['optimizers'].values() if r['label'] == row['label'])
-            for y, r, alpha in ((-i + 0.18, alone, 0.45), (-i - 0.18, row, 1.0)):
-                ax.barh(y, r['ms']['median'], height=0.34, color=color, alpha=alpha)
-                ax.plot([r['ms']['low'], r['ms']['high']], [y, y], color=INK, linewidth=1.5)
-                ax.text(r['ms']['high'], y, f" {_short(r['ms']['median'])}", va='center', fontsize=8.5)
-        ax.set_yticks([-i for i in range(len(rows))], [row['label'] for row, _ in rows])
-        ax.set(xscale='log', xlabel='step time (ms); pale: alone, full: every core busy; line: quartiles')
+        fig, ax = plt.subplots(figsize=(7, 1.0 + 0.4 * len(rows)), layout='constrained')
+        for i, name in enumerate(rows):
+            alone, full, color = record['optimizers'][name]['ms'], record['busy'][name]['ms'], _color(name)
+            ax.plot([alone['median'], full['median']], [-i, -i], color=color, linewidth=0.8, linestyle=':')
+            for q, fill in ((alone, 'white'), (full, color)):
+                ax.plot([q['low'], q['high']], [-i, -i], color=color, linewidth=3, solid_capstyle='butt', alpha=0.5)
+                ax.plot(q['median'], -i, 'o', color=color, markerfacecolor=fill, markersize=8)
+                ax.annotate(_short(q['median']), (q['median'], -i), xytext=(0, 7), textcoords='offset points', ha='center', fontsize=8.5)
+        ax.set_yticks([-i for i in range(len(rows))], [record['busy'][name]['label'] for name in rows])
+        ax.set(xscale='log', xlabel='step time (ms); open: alone, full: every core busy, bars: quartiles', ylim=(-len(rows) + 0.4, 0.7))
+        _plain_ticks(ax.xaxis)
         ax.grid(axis='y', visible=False)
-        ax.margins(x=0.15)
+        ax.margins(x=0.1)
     return fig
 
-# %% ../nbs/05_speed.ipynb #04749189
+# %% ../nbs/05_speed.ipynb #877ce4c4
 def plot_extras(
     record:dict, # from measure_speed, with first_step
 ): # matplotlib figure
@@ -579,6 +582,7 @@ def plot_extras(
     with figure_style():
         fig, (left, right) = plt.subplots(1, 2, figsize=(9, 0.8 + 0.24 * len(rows)), layout='constrained')
         _bars(left, [('SGDSaI, g-SNR', first['gsnr'], ACCENT), ('SGDSaI, g-SNR\nand allocation', first['with_allocation'], ACCENT), ('torch SGD,\nallocation', first['sgd_allocation'], MUTED)])
+        left.set_ylim(-4, 0.8)                                           # bars of the usual thickness
         left.axvline(1, color=INK, linewidth=0.8, linestyle=(0, (2, 2)))
         left.set(xlabel='first step beyond an ordinary one\n(ordinary steps of the same optimizer)', title='First step')
         for i, (value, label, color) in enumerate(percent): right.plot(max(value, 1e-3), -i, 'o', color=color)
@@ -587,7 +591,7 @@ def plot_extras(
         right.set(xscale='log', xlabel='temporary memory (% of the parameters)', title='Memory beyond the state')
     return fig
 
-# %% ../nbs/05_speed.ipynb #36297ea6
+# %% ../nbs/05_speed.ipynb #ed46194f
 def plot_shares(
     costs:dict[str, dict], # title -> from experiments.cost.step_costs
 ): # matplotlib figure
@@ -601,14 +605,14 @@ def plot_shares(
                 own, whole = cost['optimizer_ms']['median'], cost['ms']['median']
                 ax.bar(i, whole - own, color=GRID, width=0.66)
                 ax.bar(i, own, bottom=whole - own, color=optimizer_style(name)[1], width=0.66)
-                ax.text(i, whole, f'{100 * own / whole:.0f} %', ha='center', va='bottom', fontsize=8.5)
+                ax.text(i, whole, f'{100 * own / whole:.2g} %', ha='center', va='bottom', fontsize=8.5)
             ax.set_xticks(range(len(record['optimizers'])), [optimizer_style(name)[0] for name in record['optimizers']], fontsize=8.5)
             ax.set(title=title, ylabel='training step (ms)')
             ax.grid(axis='x', visible=False)
             ax.margins(y=0.12)
     return fig
 
-# %% ../nbs/05_speed.ipynb #34a1a266
+# %% ../nbs/05_speed.ipynb #f384097d
 def _beside(rows:dict, name:str, other:str|None=None) -> float:
     "Median ratio of `name`, to the reference or to another contestant through the reference."
     return rows[name]['ratio']['median'] / (rows[other]['ratio']['median'] if other else 1)
