@@ -59,30 +59,28 @@ _TOP = 127   # largest code
 def encode_(
     codes:Tensor, # int8, (n,), overwritten
     absmax:Tensor, # float32, (ceil(n / BLOCK),), overwritten
-    exact:Tensor, # float32, (n,); its contents are lost
+    exact:Tensor, # float32, (n,)
     random:Tensor|None=None, # int32 in [0, 65536), (n,); None: to nearest
 ):
-    "Write `exact` in eight bits, with a scale for each block. A block with an entry that is not finite becomes nan."
+    "Write `exact` in eight bits, with a scale for each block. A block with an entry that is not finite is not finite afterwards."
     n = exact.numel()
-    x = exact if n % BLOCK == 0 else torch.nn.functional.pad(exact, (0, -n % BLOCK))
-    x = x.view(-1, BLOCK)
-    top = x.abs().amax(1, keepdim=True)
-    absmax.copy_(top.flatten())
-    y = (x / top.clamp_min_(torch.finfo(torch.float32).tiny)).mul_(_TOP**2)             # signed square of the code
-    low = y.abs().sqrt_().floor_()
-    share = y.abs().sub_(low.square()).div_(2*low + 1).flatten()[:n]
-    up = share > 0.5 if random is None else random < share * 65536
-    codes.copy_(low.flatten()[:n].add_(up).clamp_max_(_TOP).mul_(y.flatten()[:n].sign_()).nan_to_num_(0.0))
+    y = (exact if n % BLOCK == 0 else torch.nn.functional.pad(exact, (0, -n % BLOCK))).view(-1, BLOCK).abs()
+    absmax.copy_(y.amax(1))
+    y = y.mul_((_TOP**2 / absmax.clamp_min(torch.finfo(torch.float32).tiny))[:, None]).flatten()[:n]    # square of the code, before rounding
+    low = y.sqrt().floor_()
+    up = y.addcmul_(low, low, value=-1)                                                                 # what is above the square of the lower code
+    up.sub_((low + low).add_(1).mul_(0.5 if random is None else random.to(torch.float32).mul_(1 / 65536))).gt_(0)
+    codes.copy_(low.add_(up).clamp_max_(_TOP).copysign_(exact))
 
 def decode(
     codes:Tensor, # int8, (n,)
     absmax:Tensor, # float32, (ceil(n / BLOCK),)
 ) -> Tensor: # float32, (n,)
     "What the codes stand for."
-    x = codes.to(torch.float32)
+    n, x = codes.numel(), codes.to(torch.float32)
     x.mul_(x.abs())
-    scale = (absmax / _TOP**2).repeat_interleave(BLOCK)[:x.numel()] if x.numel() % BLOCK else None
-    return x.mul_(scale) if scale is not None else x.view(-1, BLOCK).mul_((absmax / _TOP**2)[:, None]).view(-1)
+    if n % BLOCK == 0: return x.view(-1, BLOCK).mul_((absmax / _TOP**2)[:, None]).view(-1)
+    return x.mul_((absmax / _TOP**2).repeat_interleave(BLOCK)[:n])
 
 # %% ../nbs/95_low_bits.ipynb #9c7ace2e
 def start_momentum(

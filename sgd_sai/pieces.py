@@ -13,7 +13,7 @@ from torch import Tensor
 
 # %% ../nbs/93_pieces.ipynb #9bfe074f
 PIECE = 1 << 21  # entries; the momentum of a piece is 8 MB in float32, which stays in the last-level cache
-WIDE = 1 << 18   # entries that are computed in float32 at a time when they are stored in sixteen bits
+WIDE = 1 << 17   # entries that are computed in float32 at a time when they are stored in fewer bits
 SMALL = 1 << 15  # entries; PyTorch's ordinary operations stay on one core up to here
 
 # %% ../nbs/93_pieces.ipynb #5ac3098c
