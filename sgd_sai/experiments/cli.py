@@ -116,7 +116,7 @@ def sweep(
 # %% ../../nbs/experiments/05_cli.ipynb #e45b240b
 @app.command()
 def cost(
-    task: Annotated[str, typer.Argument(help='What to train; see `sgd-sai tasks`.')] = 'digits-vit',
+    task: Annotated[str, typer.Argument(help='What to train; see `sgd-sai tasks`; or gpt2-small.')] = 'digits-vit',
     optimizers: Annotated[str, typer.Option('--optimizers', '-o', help='Names, with commas; the others are compared with the first.')] = 'sgdm,sgd_sai,adamw,adan,adahessian',
     rounds: Annotated[int, typer.Option(min=3, help='Steps of each optimizer, taken in turns.')] = 50,
     out: Annotated[Optional[Path], typer.Option(help='Folder to keep the record in.')] = None,
@@ -127,13 +127,12 @@ def cost(
     from rich.console import Console
     from rich.progress import Progress
 
-    from sgd_sai.experiments.cost import cost_path, cost_table, step_costs
+    from sgd_sai.experiments.cost import cost_path, cost_table, cost_task, step_costs
     from sgd_sai.experiments.runs import check_writable, write_json
-    from sgd_sai.experiments.tasks import get_task
     from sgd_sai.experiments.train import check_spec, make_spec
     with _in_words():
         if device not in (None, 'cpu', 'cuda'): raise unknown('device', device, ('cpu', 'cuda'))
-        chosen, names = get_task(task), [name.strip() for name in optimizers.split(',') if name.strip()]
+        chosen, names = cost_task(task), [name.strip() for name in optimizers.split(',') if name.strip()]
         if out: check_writable(out)
         loaded = chosen.load(data)
         for name in names: check_spec(make_spec(chosen, loaded, name))
@@ -216,20 +215,75 @@ def memory(
         typer.echo(f'Optimizer state, parameters in {dtype}; GB: 1e9 bytes, GiB: 2^30\n{table}')
         if measure: _measure_memory(names, dtype, device, out)
 
+# %% ../../nbs/experiments/05_cli.ipynb #52d842b8
+def _speed_list():
+    "Print the names that `sgd-sai speed` knows."
+    from sgd_sai.shapes import SHAPES
+    from sgd_sai.speed import CONTESTANTS
+    typer.echo('models\n' + '\n'.join(f'  {name}' for name in SHAPES) + '\noptimizers (* not among the usual ones)')
+    for name, c in CONTESTANTS.items(): typer.echo(f"{' ' if c.usual else '*'} {name:17} {c.label:26} {c.bytes:5.1f} bytes per parameter")
+
+def _shapes_of(model:str) -> list:
+    "Parameter shapes by the name of a model, or NxM. Raises `UsageError` for anything else."
+    from sgd_sai.shapes import model_shapes
+    count, x, entries = model.partition('x')
+    if x and count.isdigit() and entries.isdigit():
+        if not int(count) or not int(entries): raise UsageError(f'{model!r} has no entries: write e.g. 2000x256')
+        return [(int(entries),)] * int(count)
+    try: return model_shapes(model)
+    except KeyError as e: raise UsageError(e.args[0]) from None
+
+# %% ../../nbs/experiments/05_cli.ipynb #d9c92b05
+def _speed(model:str, busy:bool, out:Optional[Path], threads:Optional[int], how:dict):
+    "Measure, print, and keep the record; `how` goes to the measuring function."
+    import torch
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from sgd_sai.experiments.runs import check_writable, environment, write_json
+    from sgd_sai.speed import measure_busy, measure_series, measure_speed, series_table, speed_notes, speed_path, speed_table
+    shapes = None if model == 'tensors' else _shapes_of(model)
+    if out: check_writable(out)
+    if threads: torch.set_num_threads(threads)
+    if shapes and not busy and sum(torch.Size(s).numel() for s in shapes) < 1e7: how.setdefault('rounds', 100)
+    console, bars = Console(width=min(Console().width, 100)), Console(stderr=True)
+    with Progress(console=bars, disable=not bars.is_terminal, transient=True) as progress:
+        bar = progress.add_task(model)
+        how['progress'] = lambda done, total, label: progress.update(bar, completed=done, total=total, description=label)
+        record = measure_series(**how) if shapes is None else (measure_busy if busy else measure_speed)(shapes, **how)
+    console.print(series_table(record) if shapes is None else speed_table(record, model))
+    if busy: console.print(speed_table({**record, 'optimizers': record['busy']}, f'{model}, every core busy'))
+    for line in speed_notes(record): console.print(line, highlight=False, markup=False)
+    if out: typer.echo(f"record  {write_json(speed_path(out, model + '-busy' * busy, how['device']), {**record, 'environment': environment(how['device'])})}")
+
 # %% ../../nbs/experiments/05_cli.ipynb #c53c302d
 @app.command()
 def speed(
-    model: Annotated[str, typer.Argument(help='Whose parameter shapes; `sgd-sai speed list` shows the names.')] = 'gpt2',
-    rounds: Annotated[int, typer.Option(min=3, help='Steps of each optimizer, taken in turns.')] = 20,
+    model: Annotated[str, typer.Argument(help='Whose parameter shapes; or NxM for N tensors of M entries; or `tensors` for two series with a growing number of them. `sgd-sai speed list` shows models and optimizers.')] = 'gpt2',
+    optimizers: Annotated[str, typer.Option('--optimizers', '-o', help='Names, with commas (default: all usual ones).')] = '',
+    rounds: Annotated[Optional[int], typer.Option(min=3, help='Steps of each optimizer, in turns with the reference (default: 20; 100 for small tensors).')] = None,
+    reference: Annotated[str, typer.Option(help='What the others are compared with (default: sgd-fused; sgd-foreach with `tensors` and --busy).')] = '',
     device: Annotated[str, typer.Option(help="'cpu' or 'cuda'.")] = 'cpu',
+    threads: Annotated[Optional[int], typer.Option(min=1, help='CPU threads of a step (default: one per core).')] = None,
+    compiled: Annotated[bool, typer.Option('--compile', help='Time compiled steps too; compiling takes up to a minute each.')] = False,
+    busy: Annotated[bool, typer.Option('--busy', help='Measure alone, and again while one other process per core computes.')] = False,
+    out: Annotated[Optional[Path], typer.Option(help='Folder to keep the record in.')] = None,
 ):
-    "Time of an optimizer step on real parameter shapes: medians of steps taken in turns in one process."
-    from sgd_sai.shapes import SHAPES, model_shapes
-    from sgd_sai.speed import step_times, times_table
+    "Time of an optimizer step, side by side, beside the time that memory needs; its first step; its temporary memory."
+    import torch
+
+    from sgd_sai.speed import CONTESTANTS, choose
     with _in_words():
-        if model == 'list': return typer.echo('\n'.join(SHAPES))
-        if model not in SHAPES: raise unknown('model', model, SHAPES)
-        typer.echo(times_table(step_times(model_shapes(model), rounds=rounds, device=device)))
+        if model == 'list': return _speed_list()
+        names = [name.strip() for name in optimizers.split(',') if name.strip()]
+        for name in names + ([reference] if reference else []):
+            if name not in CONTESTANTS: raise unknown('optimizer', name, CONTESTANTS)
+        if device not in ('cpu', 'cuda'): raise unknown('device', device, ('cpu', 'cuda'))
+        if device == 'cuda' and not torch.cuda.is_available(): raise RuntimeError('torch finds no CUDA device here')
+        if model == 'tensors' and busy: raise UsageError('--busy goes with a model or NxM, e.g. `sgd-sai speed 2000x256 --busy`')
+        how = {'contestants': choose(names, compiled) if names or compiled else None, 'device': device}
+        how |= {key: value for key, value in (('rounds', rounds), ('reference', reference)) if value}
+        _speed(model, busy, out, threads, how)
 
 # %% ../../nbs/experiments/05_cli.ipynb #b52d75f3
 def main():
