@@ -9,7 +9,7 @@ __all__ = ['CONTESTANTS', 'SERIES', 'SERIES_NAMES', 'BUSY_NAMES', 'MODELS_SHOWN'
            'busy_cores', 'measure_busy', 'speed_path', 'plot_ratios', 'plot_bandwidth', 'plot_models', 'plot_series',
            'plot_busy', 'plot_extras', 'plot_shares', 'speed_targets']
 
-# %% ../nbs/05_speed.ipynb #2c77d2f3
+# %% ../nbs/05_speed.ipynb #6fe6acad
 import contextlib, gc, io, logging, os, statistics, subprocess, sys, time
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -22,7 +22,7 @@ from .adan import Adan
 from .optimizer import SGDSaI
 from .peers import authors_sgd_sai, po_optimizer
 
-# %% ../nbs/05_speed.ipynb #820a5ccf
+# %% ../nbs/05_speed.ipynb #16ff1a67
 class Contestant(NamedTuple):
     "An optimizer that is timed, and the memory traffic that its step cannot do without."
     label: str             # in tables and figures
@@ -39,7 +39,7 @@ class Contestant(NamedTuple):
         "Bytes per parameter and step, for parameters in float32."
         return sum(self.widths.get(array, 4) for array in self.reads + self.writes)
 
-# %% ../nbs/05_speed.ipynb #5c92717f
+# %% ../nbs/05_speed.ipynb #aecc36bf
 class _GivenCurvature(AdaHessian):
     "AdaHessian without its second backward pass: every step gets the same estimate."
     def _look(self):
@@ -54,7 +54,7 @@ def _adamw(**how): return lambda p: torch.optim.AdamW(p, lr=_LR, weight_decay=_D
 def _sai(**how): return lambda p: SGDSaI(p, lr=_LR, weight_decay=_DECAY, **how)
 def _po(name:str): return lambda p: po_optimizer(name)(nn.ParameterList(p) if name == 'AdamMini' else p, lr=_LR, weight_decay=_DECAY)
 
-# %% ../nbs/05_speed.ipynb #47659fb2
+# %% ../nbs/05_speed.ipynb #fd4c7362
 CONTESTANTS = { # name -> Contestant
     'sgd-fused':        Contestant('torch SGD, fused', 'sgdm', _sgd(**_FUSED), 'pgm', 'pm'),
     'sgd-foreach':      Contestant('torch SGD, foreach', 'sgdm', _sgd(**_FOREACH), 'pgm', 'pm'),
@@ -81,7 +81,7 @@ CONTESTANTS = { # name -> Contestant
                                    lambda p: _GivenCurvature(p, lr=_LR, weight_decay=_DECAY, average_window=False), 'pgmvD', 'pmv'),
 }
 
-# %% ../nbs/05_speed.ipynb #d11018f3
+# %% ../nbs/05_speed.ipynb #16a9d24c
 def random_parameters(
     shapes, # of the parameters
     device:str='cpu', # or 'cuda'
@@ -117,7 +117,7 @@ def take_turns(
         if time.perf_counter() - begin > budget: break
     return mine, theirs
 
-# %% ../nbs/05_speed.ipynb #0ce51de0
+# %% ../nbs/05_speed.ipynb #42fc4f0f
 def quartiles(
     values:list[float], # one is enough
 ) -> dict: # low, median, high
@@ -125,7 +125,7 @@ def quartiles(
     low, median, high = statistics.quantiles(values, n=4, method='inclusive') if len(values) > 1 else values * 3
     return {'low': low, 'median': median, 'high': high}
 
-# %% ../nbs/05_speed.ipynb #b32365d1
+# %% ../nbs/05_speed.ipynb #f67de786
 def _compiled(opt) -> tuple[Callable, str]:
     "The step of `opt` through torch.compile, and how many graph breaks there are. Raises `RuntimeError` in one line when it fails."
     from torch._dynamo.utils import counters
@@ -156,7 +156,7 @@ def _one_line(e:Exception) -> str:
     text = next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__)
     return text if len(text) <= 200 else text[:197] + '...'
 
-# %% ../nbs/05_speed.ipynb #d3944caa
+# %% ../nbs/05_speed.ipynb #64e15423
 @contextlib.contextmanager
 def _silent():
     "Nothing is written to stderr: what the profiler says about itself is for its developers."
@@ -189,7 +189,7 @@ def allocated_peak(
             peak = max(peak, live)
     return peak
 
-# %% ../nbs/05_speed.ipynb #f33c887e
+# %% ../nbs/05_speed.ipynb #1936033f
 def _movers(entries:int, device:str) -> dict[str, tuple[int, Callable]]:
     "Kind -> bytes that it moves per entry, and what moves them."
     a, b, c = (torch.rand(entries, device=device) for _ in range(3))
@@ -217,7 +217,7 @@ def bandwidth(
     return {kind: {'bytes': moved, 'median': moved * entries / statistics.median(times[kind][1:]), 'best': moved * entries / min(times[kind][1:])}
             for kind, (moved, _) in movers.items()}
 
-# %% ../nbs/05_speed.ipynb #4949fa66
+# %% ../nbs/05_speed.ipynb #151084c3
 def first_step(
     params:list[nn.Parameter], # with gradients
     rounds:int=7, # of four steps each
@@ -237,7 +237,7 @@ def first_step(
         sgd_fresh.append(seconds_of(theirs(params).step, device) / sgd_ordinary - 1)
     return {'ordinary_ms': quartiles(ms), 'gsnr': quartiles(gsnr), 'with_allocation': quartiles(fresh), 'sgd_allocation': quartiles(sgd_fresh), 'rounds': rounds}
 
-# %% ../nbs/05_speed.ipynb #acd4e37e
+# %% ../nbs/05_speed.ipynb #ddc568a8
 def choose(
     names=None, # of contestants; None: all usual ones
     compiled:bool=False, # those that go through torch.compile too
@@ -246,7 +246,7 @@ def choose(
     if names: return {name: CONTESTANTS[name] for name in names}
     return {name: c for name, c in CONTESTANTS.items() if c.usual or (c.compiled and compiled)}
 
-# %% ../nbs/05_speed.ipynb #f7d9b63f
+# %% ../nbs/05_speed.ipynb #279cf40b
 def race(
     params:list[nn.Parameter], # with gradients
     contestants:dict[str, Contestant],
@@ -280,7 +280,7 @@ def _row(c:Contestant, note:str, mine:list[float], theirs:list[float], peak:int|
             'ratio': quartiles([a / b for a, b in zip(mine, theirs)]), 'peak_bytes': peak,
             'seconds': [round(t, 7) for t in mine], 'reference_seconds': theirs}
 
-# %% ../nbs/05_speed.ipynb #454d77f2
+# %% ../nbs/05_speed.ipynb #1991919b
 def measure_speed(
     shapes, # of the parameters
     contestants:dict[str, Contestant]|None=None, # from choose; None: all usual ones
@@ -312,7 +312,7 @@ def with_floor(
         row['times_floor'] = {key: ms / row['floor_ms'] for key, ms in row['ms'].items()}
     return record
 
-# %% ../nbs/05_speed.ipynb #00d358fa
+# %% ../nbs/05_speed.ipynb #a9197c4b
 def _short(x:float) -> str:
     "At most three digits, or all before the point."
     return f'{x:.0f}' if x >= 100 else f'{x:.2g}' if x < 0.1 else f'{x:.3g}' if x < 1 else f'{x:.2f}' if x < 10 else f'{x:.1f}'
@@ -343,7 +343,7 @@ def speed_notes(
     lines += [f"{row['label']}: {row['note']}" for row in (rows or {}).values() if row['note']]
     return lines + [f'left out: {reason}' for reason in record['absent'].values()]
 
-# %% ../nbs/05_speed.ipynb #2f5bb320
+# %% ../nbs/05_speed.ipynb #d693f061
 SERIES = { # name -> (number of tensors, entries of each)
     'same total': [(1, 1 << 19), (2, 1 << 18), (8, 1 << 16), (32, 1 << 14), (128, 1 << 12), (512, 1 << 10), (2048, 1 << 8)],
     'same size':  [(10, 256), (30, 256), (100, 256), (300, 256), (1000, 256), (3000, 256)],
@@ -367,7 +367,7 @@ def measure_series(
     progress(len(todo), len(todo), '')
     return {'series': points, 'rounds': rounds, 'reference': reference, 'absent': absent, **_machine(device)}
 
-# %% ../nbs/05_speed.ipynb #a54eec62
+# %% ../nbs/05_speed.ipynb #57e0db20
 def series_table(
     record:dict, # from measure_series
 ): # a rich table
@@ -382,12 +382,12 @@ def series_table(
                           *(f"{1e3 * point['optimizers'][name]['ms']['median']:.0f}" if name in point['optimizers'] else '' for name in labels))
     return table
 
-# %% ../nbs/05_speed.ipynb #2b2163ad
+# %% ../nbs/05_speed.ipynb #131232ef
 _BUSY = """
 import os, sys, threading, torch
 threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
 torch.set_num_threads(1)
-a = torch.randn(256, 256)
+a = torch.randn(1024, 1024)
 print('ready', flush=True)
 while True: a @ a
 """
@@ -420,7 +420,7 @@ def measure_busy(
     with busy_cores(): busy, _ = race(params, contestants, reference, rounds, device, budget, progress, peaks=False)
     return {'parameters': sum(p.numel() for p in params), 'tensors': len(params), 'rounds': rounds, 'reference': reference, 'optimizers': rows, 'busy': busy, 'absent': absent, **_machine(device)}
 
-# %% ../nbs/05_speed.ipynb #9acba223
+# %% ../nbs/05_speed.ipynb #eaa00274
 def speed_path(
     folder, # root of the run files
     name:str, # of the model or measurement
@@ -430,7 +430,7 @@ def speed_path(
     name = name.replace('/', '--')                                       # names of a hub have a slash
     return Path(folder) / 'speed' / (f'{name}.json' if device == 'cpu' else f'{name}-{device}.json')
 
-# %% ../nbs/05_speed.ipynb #88b69cdf
+# %% ../nbs/05_speed.ipynb #ef538fd9
 def _color(name:str) -> str:
     "The colour of a contestant, the same in every figure."
     from sgd_sai.style import MUTED, OPTIMIZER_STYLE, optimizer_style
@@ -450,7 +450,7 @@ def _bars(ax, entries:list[tuple[str, dict, str]]):
     ax.set_yticks([-i for i in range(len(entries))], [label for label, *_ in entries])
     ax.grid(axis='y', visible=False)
 
-# %% ../nbs/05_speed.ipynb #33133eb4
+# %% ../nbs/05_speed.ipynb #e1659e2e
 def plot_ratios(
     record:dict, # from measure_speed
 ): # matplotlib figure
@@ -468,7 +468,7 @@ def plot_ratios(
         ax.axvline(1, color=INK, linewidth=0.8, linestyle=(0, (2, 2)))
     return fig
 
-# %% ../nbs/05_speed.ipynb #2c3f1da4
+# %% ../nbs/05_speed.ipynb #469961f7
 def plot_bandwidth(
     record:dict, # from measure_speed
 ): # matplotlib figure
@@ -492,7 +492,7 @@ def plot_bandwidth(
         ax.grid(axis='y', visible=False)
     return fig
 
-# %% ../nbs/05_speed.ipynb #7c65973b
+# %% ../nbs/05_speed.ipynb #159d6cf8
 MODELS_SHOWN = ('sgd_sai', 'sgd-fused', 'adamw-fused', 'authors')
 
 def plot_models(
@@ -526,7 +526,7 @@ def _plain_ticks(*axes):
         axis.set_major_formatter(StrMethodFormatter('{x:g}'))
         axis.set_minor_formatter(NullFormatter())
 
-# %% ../nbs/05_speed.ipynb #803433f7
+# %% ../nbs/05_speed.ipynb #4fce97a6
 def plot_series(
     record:dict, # from measure_series
 ): # matplotlib figure
@@ -548,7 +548,7 @@ def plot_series(
         axes[0][0].legend(fontsize=8.5)
     return fig
 
-# %% ../nbs/05_speed.ipynb #efd0c864
+# %% ../nbs/05_speed.ipynb #d865ebe6
 def plot_busy(
     record:dict, # from measure_busy
 ): # matplotlib figure
@@ -572,7 +572,7 @@ def plot_busy(
         ax.margins(x=0.1)
     return fig
 
-# %% ../nbs/05_speed.ipynb #e70f25e5
+# %% ../nbs/05_speed.ipynb #b03ac28d
 def plot_extras(
     record:dict, # from measure_speed, with first_step
 ): # matplotlib figure
@@ -593,7 +593,7 @@ def plot_extras(
         right.set(xscale='log', xlabel='temporary memory (% of the parameters)', title='Memory beyond the state')
     return fig
 
-# %% ../nbs/05_speed.ipynb #fa45e700
+# %% ../nbs/05_speed.ipynb #36ffeffa
 def plot_shares(
     costs:dict[str, dict], # title -> from experiments.cost.step_costs
 ): # matplotlib figure
@@ -614,7 +614,7 @@ def plot_shares(
             ax.margins(y=0.12)
     return fig
 
-# %% ../nbs/05_speed.ipynb #9555e6c5
+# %% ../nbs/05_speed.ipynb #b6f634a7
 def _beside(rows:dict, name:str, other:str|None=None) -> float:
     "Median ratio of `name`, to the reference or to another contestant through the reference."
     return rows[name]['ratio']['median'] / (rows[other]['ratio']['median'] if other else 1)

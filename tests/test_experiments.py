@@ -195,7 +195,7 @@ def test_schedule_ends_at_a_tenth():
     (["compare", "--device", "tpu"], "unknown device"),
     (["compare", "--precision", "fp8"], "unknown precision"),
     (["gsnr", "nothing"], "digits-vit"),
-    (["speed", "gpt"], "did you mean gpt2"),
+    (["speed", "gtp2"], "did you mean gpt2"),
 ])  # fmt: skip
 def test_wrong_input_ends_with_2_and_says_what_would_be_right(arguments, said, tmp_path):
     result = cli(*arguments, *(["--out", tmp_path / "out"] if arguments[0] == "compare" else []))
