@@ -25,7 +25,7 @@ def _by_rows(grad:Tensor) -> bool:
 def _row_sums(grad:Tensor) -> tuple[float, float]:
     "Sum of the entries and sum of their squares, from sums and norms of short rows."
     sums, norms = [], []
-    for part, in pieces(grad, size=_PIECE):
+    for part, in pieces(grad, size=_PIECE // 4 if grad.dtype in _WIDER else _PIECE):
         x = part.reshape(-1).to(_WIDER.get(grad.dtype, grad.dtype))
         whole = x.numel() // _ROW * _ROW
         for rows in [x[:whole].view(-1, _ROW)] * (whole > 0) + [x[None, whole:]] * (whole < x.numel()):

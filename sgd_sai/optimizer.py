@@ -131,14 +131,15 @@ def _fused_sgd(p, g, m, *, lr, decay=0.0, momentum=0.0):
 
 def _fused_one(p, g, m, step, *, decay, momentum, nesterov):
     "One tensor through the fused kernel; `decay` is 1 - lr*wd, `step` is -lr*G."
-    if nesterov or not same_layout(p, g, *[m] * bool(momentum)):
-        for p, g, *m in pieces(p, g, *[m] * bool(momentum), size=PIECE if p.device.type == 'cpu' else p.numel()):
+    tensors = (p, g, m) if momentum else (p, g)
+    cut = p.device.type == 'cpu' and p.numel() > 2*PIECE      # a remainder that is much smaller than a piece would not be worth its calls
+    if nesterov or not step or not same_layout(*tensors):
+        for p, g, *m in pieces(*tensors, size=PIECE) if p.device.type == 'cpu' else [tensors]:
             _step_one(p, g, m[0] if m else None, step, decay=decay, momentum=momentum, nesterov=nesterov)
-    elif not step: _step_one(p, g, m, step, decay=decay, momentum=momentum, nesterov=nesterov)
     elif not momentum: _fused_sgd(p, g, None, lr=-step, decay=(decay - 1) / step)
     elif decay == 1: _fused_sgd(p, g, m, lr=-step, momentum=momentum)
     else:
-        for p, g, m in pieces(p, g, m, size=PIECE if p.device.type == 'cpu' else p.numel()):
+        for p, g, m in pieces(*tensors, size=PIECE) if cut else [tensors]:
             _fused_sgd(m, g, None, lr=momentum - 1, decay=-1.0)
             _fused_sgd(p, m, None, lr=-step, decay=(decay - 1) / step)
 

@@ -29,6 +29,7 @@ def same_layout(*tensors:Tensor) -> bool:
     "Whether entry k in memory is the same entry of all tensors, so that they can be cut at the same places."
     first = tensors[0]
     if any(type(t) not in (Tensor, torch.nn.Parameter) for t in tensors): return False
+    if all(t.is_contiguous() for t in tensors): return True
     return is_dense(first) and all(t.stride() == first.stride() for t in tensors[1:])
 
 # %% ../nbs/93_pieces.ipynb #b03917d7

@@ -14,7 +14,7 @@ from torch.optim.sgd import sgd
 
 import sgd_sai.optimizer
 from sgd_sai.gsnr import gsnr
-from sgd_sai.optimizer import SGD_sai, SGDSaI
+from sgd_sai.optimizer import SGD_sai, SGDSaI, measure
 from sgd_sai.peers import authors_sgd_sai
 from sgd_sai.pieces import WIDE
 
@@ -255,3 +255,9 @@ def test_step_allocates_nothing_of_parameter_size_in_any_memory_layout(dtype, im
     opt = SGDSaI([p], **FLAGS[implementation])
     opt.step()
     assert peak_of_new_memory(opt.step) <= BUDGET
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_measuring_allocates_nothing_of_parameter_size(dtype):
+    g = torch.empty(2048, ENTRIES // 2048, dtype=dtype).uniform_(-1, 1)
+    assert peak_of_new_memory(lambda: measure([g])) < (0.01 if dtype == torch.float32 else 0.1) * g.numel() * g.element_size()

@@ -138,7 +138,8 @@ def test_record_is_plain_and_complete(record):
     assert rates["used"] == max(rate["median"] for when in ("before", "after") for rate in rates[when].values())
     for name, row in record["optimizers"].items():
         assert row["bytes"] == CONTESTANTS[name].bytes and len(row["seconds"]) == row["rounds"]
-        assert row["floor_ms"] == pytest.approx(1e3 * row["bytes"] * 9000 / rates["used"])
+        assert row["floor_ms"] * row["times_floor"]["median"] == pytest.approx(row["ms"]["median"])
+        assert row["times_floor"]["median"] * row["floor_ratio"] == pytest.approx(row["ratio"]["median"])
         for key in ("ms", "ratio", "times_floor"):
             assert 0 < row[key]["low"] <= row[key]["median"] <= row[key]["high"]
     assert set(record["first_step"]) == {"ordinary_ms", "gsnr", "with_allocation", "sgd_allocation", "rounds"}
