@@ -507,32 +507,35 @@ MODELS_SHOWN = ('sgd_sai', 'sgd-fused', 'adamw-fused', 'authors')
 def plot_models(
     records:dict[str, dict], # model -> from measure_speed
 ): # matplotlib figure
-    "Time per parameter against the number of parameters, with the floor of 20 bytes, both axes logarithmic."
+    "Time per parameter against the number of parameters, with the floor of 20 bytes, both axes logarithmic: the reference's time, and ratios times that."
     from matplotlib import pyplot as plt
     from sgd_sai.style import INK, figure_style
     records = dict(sorted(records.items(), key=lambda item: item[1]['parameters']))
     xs = [record['parameters'] / 1e6 for record in records.values()]
+    def unit(record): return 1e6 * record['optimizers'][record['reference']]['ms']['median'] / record['parameters']
     with figure_style():
-        fig, ax = plt.subplots(figsize=(7, 3.6), layout='constrained')
+        fig, ax = plt.subplots(figsize=(7.4, 3.4), layout='constrained')
         for name in MODELS_SHOWN:
             have = [(x, record['optimizers'][name], record) for x, record in zip(xs, records.values()) if name in record['optimizers']]
-            q = [[1e6 * row['ms'][key] / record['parameters'] for _, row, record in have] for key in ('low', 'median', 'high')]
+            q = [[unit(record) * row['ratio'][key] for _, row, record in have] for key in ('low', 'median', 'high')]
             color = _color(name)
             ax.plot([x for x, *_ in have], q[1], marker='o', color=color, linestyle='--' if name == 'authors' else '-', markersize=4, label=CONTESTANTS[name].label)
             ax.fill_between([x for x, *_ in have], q[0], q[2], color=color, alpha=0.15, linewidth=0)
         ax.plot(xs, [1e6 * record['optimizers'][record['reference']]['floor_ms'] / record['parameters'] for record in records.values()], color=INK, linestyle=':', label='floor of 20 bytes')
-        for x, model in zip(xs, records): ax.annotate(model, (x, 0), xycoords=('data', 'axes fraction'), xytext=(0, 4), textcoords='offset points', ha='center', fontsize=8)
+        for i, (x, model) in enumerate(zip(xs, records)): ax.annotate(model, (x, 1), xycoords=('data', 'axes fraction'), xytext=(0, 3 + 11 * (i % 2)), textcoords='offset points', ha='center', fontsize=8)
         ax.set(xscale='log', yscale='log', xlabel='parameters (millions)', ylabel='step time per parameter (ns)')
         _plain_ticks(ax.xaxis, ax.yaxis)
-        ax.legend(ncols=2, fontsize=8.5)
+        ax.legend(loc='center left', bbox_to_anchor=(1, 0.5), fontsize=8.5)
     return fig
 
 def _plain_ticks(*axes):
-    "Numbers instead of powers of ten on logarithmic axes that span little."
+    "Numbers instead of powers of ten on logarithmic axes, the more of them the less the axis spans."
+    from math import log10
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
     for axis in axes:
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.set_major_formatter(StrMethodFormatter('{x:g}'))
+        low, high = axis.get_view_interval()
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5) if log10(high / low) < 2.5 else (1,)))
+        axis.set_major_formatter(StrMethodFormatter('{x:,g}'))
         axis.set_minor_formatter(NullFormatter())
 
 # %% ../nbs/05_speed.ipynb #4fce97a6
@@ -566,19 +569,19 @@ def plot_busy(
     from sgd_sai.style import figure_style
     rows = sorted(record['busy'], key=lambda name: record['busy'][name]['ms']['median'])
     with figure_style():
-        fig, ax = plt.subplots(figsize=(7, 1.0 + 0.4 * len(rows)), layout='constrained')
+        fig, ax = plt.subplots(figsize=(7, 1.0 + 0.5 * len(rows)), layout='constrained')
         for i, name in enumerate(rows):
             alone, full, color = record['optimizers'][name]['ms'], record['busy'][name]['ms'], _color(name)
             ax.plot([alone['median'], full['median']], [-i, -i], color=color, linewidth=0.8, linestyle=':')
-            for q, fill in ((alone, 'white'), (full, color)):
+            for q, fill, above in ((alone, 'white', -16), (full, color, 7)):
                 ax.plot([q['low'], q['high']], [-i, -i], color=color, linewidth=3, solid_capstyle='butt', alpha=0.5)
                 ax.plot(q['median'], -i, 'o', color=color, markerfacecolor=fill, markersize=8)
-                ax.annotate(_short(q['median']), (q['median'], -i), xytext=(0, 7), textcoords='offset points', ha='center', fontsize=8.5)
+                ax.annotate(_short(q['median']), (q['median'], -i), xytext=(0, above), textcoords='offset points', ha='center', fontsize=8.5)
         ax.set_yticks([-i for i in range(len(rows))], [record['busy'][name]['label'] for name in rows])
         ax.set(xscale='log', xlabel='step time (ms); open: alone, full: every core busy, bars: quartiles', ylim=(-len(rows) + 0.4, 0.7))
-        _plain_ticks(ax.xaxis)
         ax.grid(axis='y', visible=False)
         ax.margins(x=0.1)
+        _plain_ticks(ax.xaxis)
     return fig
 
 # %% ../nbs/05_speed.ipynb #b03ac28d
