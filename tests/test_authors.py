@@ -260,4 +260,4 @@ def test_step_allocates_nothing_of_parameter_size_in_any_memory_layout(dtype, im
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_measuring_allocates_nothing_of_parameter_size(dtype):
     g = torch.empty(2048, ENTRIES // 2048, dtype=dtype).uniform_(-1, 1)
-    assert peak_of_new_memory(lambda: measure([g])) < (0.01 if dtype == torch.float32 else 0.1) * g.numel() * g.element_size()
+    assert peak_of_new_memory(lambda: measure([g])) < (100_000 if dtype == torch.float32 else 2.2 * 2**20)  # two pieces of a quarter million, widened
