@@ -224,3 +224,35 @@ def test_unknown_keys_of_a_sweep_are_named(tmp_path):
     done = cli("sweep", file, "--out", tmp_path)
     assert done.exit_code == 2 and "did you mean epochs" in " ".join(done.output.split())
     assert not run_path(tmp_path, make_spec(get_task("digits-vit"), Data(range(100), [], {}, ""), "adamw")).exists()
+
+
+# --- fewer bits -----------------------------------------------------------------------------------------------------
+
+
+def test_a_sweep_can_ask_for_fewer_bits():
+    task = get_task("digits-vit")
+    data = task.load()
+    specs = expand(Sweep(task.name, ["sgd_sai"], seeds=1, steps=2, precision="bf16-true", grid={"sgd_sai": {"state_dtype": [None, "int8"], "rounding": "kahan"}}), data)
+    assert {spec.precision for spec in specs} == {"bf16-true"} and {spec.hyperparameters.get("state_dtype", "left out") for spec in specs} == {"left out", "int8"}
+    plain = expand(Sweep(task.name, ["sgd_sai"], seeds=1, steps=2, grid={"sgd_sai": {"state_dtype": [None]}}), data)
+    assert [spec.key for spec in plain] == [make_spec(task, data, "sgd_sai", steps=2).key]  # null is the default, and the same run
+    with pytest.raises(UsageError, match="unknown precision 'bf16-tru', did you mean bf16-true"):
+        Sweep(task.name, ["sgd_sai"], precision="bf16-tru")
+    with pytest.raises(UsageError, match="state_dtype 'bfloat61', did you mean bfloat16"):
+        expand(Sweep(task.name, ["sgd_sai"], grid={"sgd_sai": {"state_dtype": "bfloat61"}}), data)
+
+
+@pytest.mark.parametrize("name, changes", [("digits-vit", dict(rounding="stochastic", state_dtype="int8")), ("pydoc-gpt", dict(rounding="kahan"))])
+def test_parameters_in_bfloat16_train_and_the_loss_is_float32(name, changes, monkeypatch):
+    task = get_task(name)
+    data = task.load()
+    if name == "pydoc-gpt": data = data._replace(val=torch.utils.data.Subset(data.val, range(8)))
+    seen = []
+    monkeypatch.setattr(training, "build_optimizer", lambda *args, build=training.build_optimizer: seen.append(args[1]) or build(*args))
+    spec = make_spec(task, data, "sgd_sai", steps=6, precision="bf16-true", batch_size=8, **changes)
+    runs = [train(task, data, spec, "cpu") for _ in range(2)]
+    assert {p.dtype for p in seen[0].parameters()} == {torch.bfloat16}
+    assert runs[0]["status"] == "finished" and runs[0]["history"][-1]["train_loss"] < 1.2 * runs[0]["history"][0]["val_loss"]
+    assert runs[0]["final"] == runs[1]["final"]  # repeated exactly
+    loss = runs[0]["final"]["val_loss"]
+    assert float(torch.tensor(loss).bfloat16()) != pytest.approx(loss, rel=1e-6)  # more digits than bfloat16 has
