@@ -17,7 +17,7 @@ from .optimizer import SGDSaI, step_gathered
 
 # %% ../nbs/06_in_backward.ipynb #62b0e03e
 class GradientHooks:
-    "Calls `ready(p, group)` whenever the gradient of a parameter of `optimizer` is complete. It lives as long as the optimizer."
+    "Calls the method `ready(p, group)` of a subclass whenever the gradient of a parameter of `optimizer` is complete. It lives as long as the optimizer."
     def __init__(self, optimizer:torch.optim.Optimizer):
         self.optimizer, self.active, self.hooks = optimizer, True, {}
         optimizer.__dict__.setdefault('_gradient_hooks', []).append(self)     # the hooks themselves must not keep the model alive
@@ -36,6 +36,7 @@ class GradientHooks:
         "Back to ordinary steps."
         for hook in self.hooks.values(): hook.remove()
         self.hooks = {}
+        if self in (living := self.optimizer._gradient_hooks): living.remove(self)
 
     @contextmanager
     def no_step(self):
@@ -44,15 +45,12 @@ class GradientHooks:
         try: yield
         finally: self.active = True
 
-    def ready(self, p:Tensor, group:dict): raise NotImplementedError
-
 # %% ../nbs/06_in_backward.ipynb #b9599a46
 class StepInBackward(GradientHooks):
     """Makes `optimizer` step inside `loss.backward()`, and drops each gradient as it is used. Bit by bit the ordinary step.
 
-    The loop stays as it is: `optimizer.step()` steps whatever still has a gradient, usually nothing, and `zero_grad` has nothing to do. With `max_norm` call
-    `backward(loss)` in place of `loss.backward()`. Raises `TypeError` for other optimizers, `RuntimeError` for settings that look at several tensors at once, and
-    when several processes train together."""
+    The loop stays as it is: `optimizer.step()` steps whatever still has a gradient, usually nothing. With `max_norm` call `backward(loss)` in place of `loss.backward()`. Raises
+    `TypeError` for other optimizers, `RuntimeError` for settings that look at several tensors at once, and when several processes train together."""
     def __init__(self,
         optimizer:SGDSaI,
         max_norm:float|None=None, # clip at this global norm of all gradients, as torch.nn.utils.clip_grad_norm_ does; None: no clipping
@@ -71,25 +69,24 @@ class StepInBackward(GradientHooks):
             step_gathered(self.optimizer, [(group, [(q, q.grad, self.optimizer.state.get(q)) for q in self.optimizer.with_grad({'params': [p]})])])
         p.grad = None
 
-    def backward(self,
-        loss:Tensor, # 0-d
-    ) -> Tensor|None: # the global norm before clipping, where there is a max_norm
+    def backward(self, loss:Tensor) -> Tensor|None: # the global norm before clipping, 0-d, where there is a max_norm
         "Backward pass with the step in it. Raises `RuntimeError`, before anything changes, when the norm to be clipped is not finite."
         if self.max_norm is None: return loss.backward()
         total = self.norm(loss)
-        if not total.isfinite(): raise RuntimeError(f'the norm of the gradients is {total.item()}; nothing was changed. Look at the loss and the data of this batch')
         self.factor = (self.max_norm / (total + 1e-6)).clamp(max=1.0)
         try: loss.backward()
         finally: self.factor = None
         return total
 
     def norm(self, loss:Tensor) -> Tensor: # 0-d
-        "Global norm of the gradients, by a backward pass that keeps its graph and none of the gradients. Raises `RuntimeError` if there are gradients already."
+        "Global norm of the gradients, by a backward pass that keeps its graph and none of them. Raises `RuntimeError` unless it is finite, and if there are gradients already."
         if any(p.grad is not None for p in self.hooks): raise RuntimeError('clipping inside the backward pass does not go with accumulated gradients: call optimizer.zero_grad() first')
         self.norms = {}
         try: loss.backward(retain_graph=True)
         finally: found, self.norms = [self.norms[p] for p in self.hooks if p in self.norms], None
-        return torch.linalg.vector_norm(torch.stack([x.to(found[0].device) for x in found])) if found else torch.zeros(())
+        total = torch.linalg.vector_norm(torch.stack([x.to(found[0].device) for x in found])) if found else torch.zeros(())
+        if not total.isfinite(): raise RuntimeError(f'the norm of the gradients is {total.item()}; nothing was changed. Look at the loss and the data of this batch')
+        return total
 
 # %% ../nbs/06_in_backward.ipynb #c07fabee
 def check_in_backward(optimizer):
