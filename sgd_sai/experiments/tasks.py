@@ -57,6 +57,7 @@ class Task:
     settings: dict = field(repr=False) # optimizer -> its hyperparameters here; weight decay acts on matrices alone
     replacement: bool = False # draw items with replacement (random windows of a text) instead of by epochs
     milestones: tuple = ()  # fractions of the run at which lr drops to a tenth, instead of the cosine
+    extra: Callable|None = None # trained model, Data -> dict of further figures, e.g. of generated samples; once, after training
 
     @property
     def higher_is_better(self) -> bool: return self.metric == 'accuracy'

@@ -155,7 +155,7 @@ def train(
     spec:RunSpec, # what defines the run
     device:str|None=None, # 'cpu' to stay there; None: a GPU when there is one
     on_step:Callable=lambda step, loss, metrics: None, # called after every step, e.g. to move a progress bar
-) -> dict: # status, history, best, final, seconds, ms_per_step, state_bytes, parameters, environment
+) -> dict: # status, history, best, final, extra, seconds, ms_per_step, state_bytes, parameters, environment
     "Train one model once. A run that stops being finite has status 'diverged'."
     accelerator = _accelerator(spec.precision, device)
     torch.manual_seed(spec.seed)
@@ -190,7 +190,8 @@ def train(
             history.append({'step': step, 'seconds': round(sum(times), 4), 'train_loss': statistics.fmean(losses), **metrics})
             losses = []
         on_step(step, loss, metrics)
-    return {'status': status, **_summary(task, history), 'history': history, 'seconds': round(sum(times), 3), 'ms_per_step': _quartiles(times),
+    extra = task.extra(accelerator.unwrap_model(model).eval(), data) if task.extra and status == 'finished' else {}
+    return {'status': status, **_summary(task, history), 'extra': extra, 'history': history, 'seconds': round(sum(times), 3), 'ms_per_step': _quartiles(times),
             'state_bytes': state_bytes(inner), 'parameters': sum(p.numel() for p in model.parameters()), 'environment': environment(accelerator.device)}
 
 # %% ../../nbs/experiments/02_train.ipynb #03868028
