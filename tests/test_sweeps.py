@@ -25,7 +25,7 @@ from sgd_sai.experiments.sweep import Sweep, expand, read_sweep, recorded_runs, 
 from sgd_sai.experiments.tasks import Data, UsageError, get_task
 from sgd_sai.experiments.train import batches, epoch_steps, make_spec, schedule, train
 
-SWEEPS = Path(__file__).resolve().parents[1] / "sweeps"
+SWEEPS, RESULTS = (Path(__file__).resolve().parents[1] / name for name in ("sweeps", "results"))
 
 
 def cli(*arguments):
@@ -114,7 +114,9 @@ SMALL = dict(task="digits-vit", optimizers=["sgd_sai", "adamw"], seeds=1, steps=
 
 @pytest.mark.parametrize("path", sorted(SWEEPS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_sweeps_of_this_repository_can_be_read_and_expanded(path):
-    specs = expand(read_sweep(path), Data(range(1438 if "digits" in path.read_text() else 60_000), [], {}, ""))
+    sweep = read_sweep(path)
+    fingerprint = next((run["data"] for run in load_runs(RESULTS, sweep.task)), "")
+    specs = expand(sweep, Data(range(1438 if "digits" in path.read_text() else 60_000), [], {}, fingerprint), RESULTS)
     assert len(specs) == len({spec.key for spec in specs}) > 1
 
 
