@@ -33,7 +33,7 @@ def optimizer_style(
 ) -> tuple: # label, colour, matplotlib line style
     "How every figure and table of the project shows the optimizer `name`."
     if name in OPTIMIZER_STYLE: return OPTIMIZER_STYLE[name]
-    return name.removeprefix('po:'), _SPARE[order % len(_SPARE)], '-'
+    return name.removeprefix('po:').removeprefix('scaled:').replace('_', ' '), _SPARE[order % len(_SPARE)], '-'
 
 # %% ../nbs/90_style.ipynb #5879c3a7
 def figure_style():

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, RandomSampler
 
 from ..base import BaseOptimizer
 from .runs import RunSpec, environment
+from .scalings import RULES, ScaledSGDM
 from .tasks import Data, Task, UsageError, unknown
 from ..adahessian import AdaHessian
 from ..adan import Adan
@@ -64,11 +65,14 @@ OPTIMIZERS = { # name -> class, hyperparameters that make it what the name says
 PUBLISHED = {'adam_mini': lambda: po_optimizer('AdamMini'), 'authors': authors_sgd_sai} # classes that are loaded when they are asked for
 
 def optimizer_class(
-    name:str, # as in OPTIMIZERS or PUBLISHED, or 'po:Name'
+    name:str, # as in OPTIMIZERS or PUBLISHED, 'po:Name', or 'scaled:rule'
 ) -> tuple[type, dict]: # the class, and the hyperparameters that belong to the name
     "An optimizer by name. Raises `UsageError` for an unknown one."
     if name in OPTIMIZERS: return OPTIMIZERS[name]
     if name in PUBLISHED: return PUBLISHED[name](), {}
+    if name.startswith('scaled:'):
+        if name[7:] not in RULES: raise unknown('rule', name[7:], RULES)
+        return ScaledSGDM, {'rule': name[7:]}
     if not name.startswith('po:'): raise unknown('optimizer', name, [*OPTIMIZERS, *PUBLISHED], ', and po:NAME for any optimizer of pytorch_optimizer')
     try: return po_optimizer(name[3:]), {}
     except KeyError as e: raise UsageError(e.args[0]) from None
