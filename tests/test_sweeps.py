@@ -22,7 +22,8 @@ from sgd_sai.experiments.cli import app
 from sgd_sai.experiments.cost import step_costs
 from sgd_sai.experiments.runs import load_runs, run_path
 from sgd_sai.experiments.sweep import Sweep, expand, read_sweep, recorded_runs, run_sweep, sweep_frame
-from sgd_sai.experiments.tasks import Data, UsageError, get_task
+from sgd_sai.experiments.registry import get_task
+from sgd_sai.experiments.tasks import Data, UsageError
 from sgd_sai.experiments.train import batches, epoch_steps, make_spec, schedule, train
 
 SWEEPS, RESULTS = (Path(__file__).resolve().parents[1] / name for name in ("sweeps", "results"))

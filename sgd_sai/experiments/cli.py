@@ -51,7 +51,7 @@ def tasks():
     from rich.console import Console
     from rich.table import Table
 
-    from sgd_sai.experiments.tasks import TASKS
+    from sgd_sai.experiments.registry import TASKS
     table = Table(title='Tasks', title_justify='left')
     for column in ('task', 'what', 'data (licence)', 'steps', 'metric', 'min per run'): table.add_column(column, no_wrap=column == 'task')
     for t in TASKS.values(): table.add_row(t.name, t.title, f'{t.source} ({t.licence})', str(t.steps), t.metric, f'{t.minutes:g}')
@@ -79,7 +79,7 @@ def compare(
     from rich.console import Console
 
     from sgd_sai.experiments.compare import DEFAULT_OPTIMIZERS, bars, compare, summary_table
-    from sgd_sai.experiments.tasks import get_task
+    from sgd_sai.experiments.registry import get_task
     from sgd_sai.experiments.train import PRECISIONS
     with _in_words():
         if device not in (None, 'cpu', 'cuda'): raise unknown('device', device, ('cpu', 'cuda'))
@@ -103,7 +103,7 @@ def sweep(
     from rich.console import Console
 
     from sgd_sai.experiments.sweep import best_table, lines, read_sweep, run_sweep, sweep_frame
-    from sgd_sai.experiments.tasks import get_task
+    from sgd_sai.experiments.registry import get_task
     with _in_words():
         if device not in (None, 'cpu', 'cuda'): raise unknown('device', device, ('cpu', 'cuda'))
         chosen = read_sweep(file)
@@ -154,7 +154,7 @@ def gsnr(
     "g-SNR of every tensor of a task's model on its first batch, beside the square root of its size."
     import torch
 
-    from sgd_sai.experiments.tasks import get_task
+    from sgd_sai.experiments.registry import get_task
     from sgd_sai.experiments.train import batches, make_spec
     from sgd_sai.gsnr import gsnr_table
     with _in_words():

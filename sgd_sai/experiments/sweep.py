@@ -18,7 +18,8 @@ from typing import Callable, Iterator
 import torch
 
 from .runs import RunSpec, check_writable, load_run, load_runs, save_run
-from .tasks import Data, Task, UsageError, get_task, unknown
+from .registry import get_task
+from .tasks import Data, Task, UsageError, unknown
 from .train import PRECISIONS, check_spec, epoch_steps, make_spec, optimizer_class, train
 from ..style import optimizer_style
 
