@@ -16,8 +16,13 @@ OPTIMIZER_STYLE = {  # name -> label, colour, line style
     'adamw':         ('AdamW', '#1D4ED8', '-'),
     'adan':          ('Adan', '#0F766E', '-'),
     'adahessian':    ('AdaHessian', '#7C3AED', '-'),
+    'adam_mini':     ('Adam-mini', '#60A5FA', '-'),
+    'po:Lion':       ('Lion', '#4D7C0F', '-'),
+    'muon_adamw':    ('Muon + AdamW', '#0E7490', (0, (4, 2))),
+    'muon_sai':      ('Muon + SGD-SaI', '#BE185D', '-'),
+    'authors':       ("SGD-SaI, authors' code", '#92400E', (0, (1, 1))),
 }
-_SPARE = ['#BE185D', '#4D7C0F', '#0369A1', '#92400E', '#475569']  # optimizers that have no colour of their own
+_SPARE = ['#A21CAF', '#65A30D', '#0369A1', '#A16207', '#475569']  # optimizers that have no colour of their own
 
 KIND_MARKERS = {'conv': 's', 'linear': 'o', 'embedding': 'D', 'norm': '^', 'bias': 'v', 'other': 'P'}
 

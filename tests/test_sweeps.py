@@ -256,3 +256,20 @@ def test_parameters_in_bfloat16_train_and_the_loss_is_float32(name, changes, mon
     assert runs[0]["final"] == runs[1]["final"]  # repeated exactly
     loss = runs[0]["final"]["val_loss"]
     assert float(torch.tensor(loss).bfloat16()) != pytest.approx(loss, rel=1e-6)  # more digits than bfloat16 has
+
+
+def test_best_of_repeats_the_best_cell(tmp_path):
+    "A sweep that names another takes each optimizer's best setting there, from the run files alone; without them it says which sweep comes first."
+    (tmp_path / 'tune.yaml').write_text('task: digits-vit\noptimizers: [sgd_sai, adamw]\nseeds: 1\nsteps: 12\ngrid:\n  sgd_sai: {lr: [0.00001, 0.02]}\n  adamw: {lr: [0.003, 0.00001], betas: [[0.9, 0.99]]}\n')
+    (tmp_path / 'again.yaml').write_text('task: digits-vit\noptimizers: [adamw, sgd_sai]\nseeds: 2\nsteps: 8\nbest_of: tune.yaml\n')
+    folder, data = tmp_path / 'runs', get_task('digits-vit').load()
+    with pytest.raises(UsageError, match='4 of the 4 runs'): run_sweep(read_sweep(tmp_path / 'again.yaml'), folder, device='cpu')
+    run_sweep(read_sweep(tmp_path / 'tune.yaml'), folder, device='cpu')
+    runs = run_sweep(read_sweep(tmp_path / 'again.yaml'), folder, device='cpu')['runs']
+    assert [(run['optimizer'], run['seed'], run['steps'], run['hyperparameters']['lr']) for run in runs] == \
+        [('adamw', 0, 8, 0.003), ('sgd_sai', 0, 8, 0.02), ('adamw', 1, 8, 0.003), ('sgd_sai', 1, 8, 0.02)]
+    assert [run['key'] for run in recorded_runs(tmp_path / 'again.yaml', folder, len(data.train))] == [run['key'] for run in runs]
+    best = next(run for run in load_runs(folder) if run['optimizer'] == 'sgd_sai' and run['steps'] == 12 and run['hyperparameters']['lr'] == 0.02)
+    path = folder / 'digits-vit' / f"{best['key']}.json"                       # the choice follows the files: the best run gone wrong is not chosen
+    path.write_text(json.dumps(best | {'status': 'diverged'}))
+    assert {spec.hyperparameters['lr'] for spec in expand(read_sweep(tmp_path / 'again.yaml'), data, folder) if spec.optimizer == 'sgd_sai'} == {0.00001}
