@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['repository', 'sweep_runs', 'at_edge', 'ranking', 'trained_parameters', 'difference', 'verdict', 'plot_ranking',
-           'phases', 'grid_of', 'plot_grids', 'tolerance']
+           'phases', 'grid_of', 'plot_grids', 'tolerance', 'report_notebooks', 'rebuild']
 
 # %% ../../nbs/experiments/15_reporting.ipynb #47886f4b
 import json, math, statistics
@@ -183,3 +183,32 @@ def tolerance(
         best = (max if task.higher_is_better else min)(good)
         rows.append({'optimizer': optimizer_style(name)[0], 'best': best, 'mean': statistics.fmean(good), 'diverged': len(values) - len(good), 'cells': len(values), 'near': sum(abs(v - best) <= close for v in good) / len(values)})
     return pd.DataFrame(rows).set_index('optimizer').sort_values('near', ascending=False)
+
+# %% ../../nbs/experiments/15_reporting.ipynb #c1fd7568
+def report_notebooks(
+    root=None, # of the repository; None: found
+) -> dict[str, Path]: # name, e.g. '14_audit' -> file
+    "The reports: notebooks among the experiments that export nothing. Raises `FileNotFoundError` outside of a repository."
+    found = {path.stem: path for path in sorted((Path(root or repository()) / 'nbs' / 'experiments').glob('[0-9]*.ipynb'))}
+    return {name: path for name, path in found.items() if 'default_exp' not in path.read_text(encoding='utf-8')}
+
+def rebuild(
+    path:Path, # of a report
+    timeout:int=600, # seconds for one cell
+) -> bool: # whether anything that a reader sees has changed
+    "Run a report in its folder and save its outputs. Raises `RuntimeError` with the last line of the error when a cell fails; then nothing is written."
+    import nbformat
+    from nbconvert.preprocessors import CellExecutionError, ExecutePreprocessor
+    book = nbformat.read(path, as_version=4)
+    def shown(): return json.dumps([cell.get('outputs') for cell in book.cells], sort_keys=True)
+    before = shown()
+    try: ExecutePreprocessor(timeout=timeout, record_timing=False, coalesce_streams=True).preprocess(book, {'metadata': {'path': str(path.parent)}})
+    except CellExecutionError as e: raise RuntimeError(f'{path.name}: {e.ename}: {e.evalue}') from None
+    for cell in book.cells:
+        if cell.cell_type != 'code': continue
+        cell.execution_count = None
+        for output in cell.outputs:
+            if 'execution_count' in output: output['execution_count'] = None
+    book.metadata.pop('language_info', None)
+    if changed := shown() != before: nbformat.write(book, path)
+    return changed

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['LR_RULES', 'Sweep', 'read_sweep', 'cost', 'expand', 'best_settings', 'side_by_side', 'lines', 'run_sweep',
-           'recorded_runs', 'sweep_frame', 'best_table']
+           'repeat_run', 'recorded_runs', 'sweep_frame', 'best_table']
 
 # %% ../../nbs/experiments/06_sweep.ipynb #3b6f875a
 import itertools, json, math, multiprocessing, signal, statistics, time
@@ -17,7 +17,7 @@ from typing import Callable, Iterator
 
 import torch
 
-from .runs import RunSpec, check_writable, load_run, load_runs, save_run
+from .runs import RunSpec, check_writable, load_run, load_runs, save_run, spec_of
 from .registry import get_task
 from .tasks import Data, Task, UsageError, unknown
 from .train import PRECISIONS, check_spec, epoch_steps, make_spec, optimizer_class, train
@@ -258,6 +258,25 @@ def run_sweep(
             if failure: failures.append((spec, failure))
             tell(spec, None if failure else load_run(folder, spec), failure)
     return {'runs': [run for spec in specs if (run := load_run(folder, spec))], 'trained': len(missing) - len(failures), 'failures': failures}
+
+# %% ../../nbs/experiments/06_sweep.ipynb #c6b3adb9
+def repeat_run(
+    path, # of a run file
+    data_dir=None, # folder with data; None: see tasks.data_folder
+    device:str|None=None, # 'cpu', or None for a GPU when there is one
+    on_step:Callable=lambda step, loss, metrics: None, # as in train
+) -> tuple[dict, dict]: # the record of the file, and the new one
+    "Train the run of a file again. Raises `UsageError` for a file that is none or belongs to other data, `OSError` when it cannot be read."
+    try: old = json.loads(Path(path).read_text())
+    except ValueError: old = {}
+    if not {'task', 'optimizer', 'environment'} <= set(old): raise UsageError(f'{path} is no run file')
+    task, spec = get_task(old['task']), spec_of(old)
+    data = task.load(data_dir)
+    if data.digest != spec.data: raise UsageError(f'{path} is a run on other data ({spec.data}) than those found here ({data.digest})')
+    before = torch.get_num_threads()
+    torch.set_num_threads(old['environment']['threads'])
+    try: return old, train(task, data, spec, device, on_step)
+    finally: torch.set_num_threads(before)
 
 # %% ../../nbs/experiments/06_sweep.ipynb #a7315979
 def recorded_runs(
