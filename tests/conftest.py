@@ -1,3 +1,7 @@
+import hashlib
+import pickle
+import struct
+
 import pytest
 
 
@@ -41,3 +45,43 @@ def kernels_for_small_tensors_too(monkeypatch):
 
     for module in (sgd_sai.adan, sgd_sai.optimizer):
         monkeypatch.setattr(module, "SMALL", 4)
+
+
+# --- data of the same form as those that are not at hand ------------------------------------------------------------------
+
+
+@pytest.fixture
+def fashion(tmp_path):
+    "A folder with 96 + 32 images in the format of Fashion-MNIST."
+    import numpy as np
+
+    raw, random = tmp_path / "FashionMNIST" / "raw", np.random.default_rng(0)
+    raw.mkdir(parents=True)
+    for part, n in (("train", 96), ("t10k", 32)):
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">IIII", 2051, n, 28, 28) + random.integers(0, 256, n * 784, dtype=np.uint8).tobytes())
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 2049, n) + random.integers(0, 10, n, dtype=np.uint8).tobytes())
+    return tmp_path
+
+
+@pytest.fixture
+def cifar(tmp_path, monkeypatch):
+    "A folder with 500 + 100 images in the format of CIFAR-10, whose checksums torchvision is told."
+    import numpy as np
+    import torchvision
+
+    folder, random = tmp_path / "cifar-10-batches-py", np.random.default_rng(0)
+    folder.mkdir()
+
+    def put(name, content):
+        (folder / name).write_bytes(pickle.dumps(content))
+        return [name, hashlib.md5((folder / name).read_bytes()).hexdigest()]
+
+    def batch():
+        return {"data": random.integers(0, 256, (100, 3072), dtype=np.uint8), "labels": random.integers(0, 10, 100).tolist()}
+
+    CIFAR10 = torchvision.datasets.CIFAR10
+    monkeypatch.setattr(CIFAR10, "train_list", [put(f"data_batch_{i}", batch()) for i in range(1, 6)])
+    monkeypatch.setattr(CIFAR10, "test_list", [put("test_batch", batch())])
+    name, md5 = put("batches.meta", {"label_names": list("abcdefghij")})
+    monkeypatch.setattr(CIFAR10, "meta", {"filename": name, "key": "label_names", "md5": md5})
+    return tmp_path

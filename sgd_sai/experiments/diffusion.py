@@ -7,7 +7,7 @@ __all__ = ['SCHEDULE', 'SHOES', 'DIFFUSION_TASKS', 'Noised', 'Denoiser', 'build_
            'frechet_distance', 'trained_once', 'build_classifier', 'png_text', 'judge_samples', 'sample_grid',
            'fashion_16', 'load_fashion_ddpm', 'load_fashion_lora', 'build_lora_denoiser']
 
-# %% ../../nbs/experiments/00d_diffusion.ipynb #c9d7ad20
+# %% ../../nbs/experiments/00d_diffusion.ipynb #429093eb
 import base64, io, os, tempfile
 from pathlib import Path
 from typing import Callable
@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from .tasks import FASHION, Data, Task, data_folder, digest, torchvision_set
 
-# %% ../../nbs/experiments/00d_diffusion.ipynb #187e8ba2
+# %% ../../nbs/experiments/00d_diffusion.ipynb #2ec773b2
 SCHEDULE = dict(num_train_timesteps=1000, beta_schedule='squaredcos_cap_v2') # cosine schedule of Nichol and Dhariwal (2021)
 
 class Noised(Dataset):
@@ -38,7 +38,7 @@ class Noised(Dataset):
         else: t, noise = torch.randint(len(self.process), ()), torch.randn(self.images.shape[1:])
         return self.process.add_noise(self.images[i:i+1], noise[None], t[None])[0], t, noise
 
-# %% ../../nbs/experiments/00d_diffusion.ipynb #9618f234
+# %% ../../nbs/experiments/00d_diffusion.ipynb #d77e83e7
 class Denoiser(nn.Module):
     "diffusers' U-Net as a function of noised images and time steps."
     def __init__(self,
@@ -63,7 +63,7 @@ def predict_noise(model:nn.Module, batch) -> tuple[Tensor, None]:
     noised, t, noise = batch
     return nn.functional.mse_loss(model(noised, t), noise), None
 
-# %% ../../nbs/experiments/00d_diffusion.ipynb #f228d5ef
+# %% ../../nbs/experiments/00d_diffusion.ipynb #b52a6a0c
 @torch.no_grad()
 def sample(
     model:nn.Module, # predicts noise
@@ -91,7 +91,7 @@ def frechet_distance(
     overlap = torch.linalg.eigvalsh(root(A) @ B @ root(A)).clamp(min=0).sqrt().sum()
     return max(0.0, ((a.mean(0) - b.mean(0)).square().sum() + A.trace() + B.trace() - 2 * overlap).item())
 
-# %% ../../nbs/experiments/00d_diffusion.ipynb #a9b96fd3
+# %% ../../nbs/experiments/00d_diffusion.ipynb #b7039c6b
 def trained_once(
     path:Path, # file of the weights
     build:Callable, # nothing -> model
@@ -116,6 +116,7 @@ def trained_once(
                 opt.step()
                 cycle.step()
     with tempfile.NamedTemporaryFile(dir=path.parent, prefix='.part-', delete=False) as f: torch.save(model.state_dict(), f)
+    os.chmod(f.name, 0o644)
     os.replace(f.name, path) # in one piece: several processes may do this at once
     return model.eval()
 
@@ -126,7 +127,7 @@ def build_classifier() -> nn.Module:
 
 def _classify(model, batch): return nn.functional.cross_entropy(model(batch[0]), batch[1]), None
 
-# %% ../../nbs/experiments/00d_diffusion.ipynb #8a6a535c
+# %% ../../nbs/experiments/00d_diffusion.ipynb #b874de4a
 def png_text(
     images:Tensor, # (n, 1, height, width) in [-1, 1]
     columns:int=8,
@@ -162,7 +163,7 @@ def sample_grid(
     ax.axis('off')
     return fig
 
-# %% ../../nbs/experiments/00d_diffusion.ipynb #a35023f7
+# %% ../../nbs/experiments/00d_diffusion.ipynb #ff5ddd05
 SHOES = (5, 7, 9) # sandal, sneaker, ankle boot
 
 def fashion_16(
@@ -187,7 +188,7 @@ def load_fashion_ddpm(
     return Data(Noised(images), Noised(held_out[:1000], seed=0), {'classifier': _classifier_file(folder, images, labels, classifier_steps)},
                 digest(images, held_out[:1000], str(classifier_steps).encode()))
 
-# %% ../../nbs/experiments/00d_diffusion.ipynb #8635f6d4
+# %% ../../nbs/experiments/00d_diffusion.ipynb #f0f4da0a
 def load_fashion_lora(
     folder=None, # for data, see data_folder
     base_steps:int=1200, # of the model of clothes
@@ -212,13 +213,13 @@ def build_lora_denoiser(
     model.load_state_dict(torch.load(sizes['base'], weights_only=True))
     return inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=['to_q', 'to_k', 'to_v', 'to_out.0', 'conv1', 'conv2']), model)
 
-# %% ../../nbs/experiments/00d_diffusion.ipynb #6e309a02
+# %% ../../nbs/experiments/00d_diffusion.ipynb #8a7afdd4
 _SAI, _LORA_SAI = dict(lr=0.03, weight_decay=0.001), dict(lr=0.1, weight_decay=0.0)
 DIFFUSION_TASKS = [
     Task('fashion-ddpm', 'a diffusion model of 0.4 M parameters on Fashion-MNIST at 16x16', 'download, 31 MB', 'MIT', 1.5,
          load_fashion_ddpm, build_denoiser, predict_noise, 'val_loss', steps=600, batch_size=32, warmup=30, eval_every=120, clip=1.0, extra=judge_samples,
-         settings={'sgd_sai': _SAI, 'sgd_sai_sqrtn': _SAI, 'sgdm': dict(lr=0.1, weight_decay=0.0001), 'adamw': dict(lr=0.002, weight_decay=0.01),
-                   'adan': dict(lr=0.01, weight_decay=0.02), 'adahessian': dict(lr=0.15, weight_decay=0.0005, block_size=32), 'adam_mini': dict(lr=0.002, weight_decay=0.01),
+         settings={'sgd_sai': _SAI, 'sgd_sai_sqrtn': _SAI, 'sgdm': dict(lr=0.3, weight_decay=0.0001), 'adamw': dict(lr=0.005, weight_decay=0.01),
+                   'adan': dict(lr=0.01, weight_decay=0.02), 'adahessian': dict(lr=0.15, weight_decay=0.0005, block_size=32), 'adam_mini': dict(lr=0.005, weight_decay=0.01),
                    'po:Lion': dict(lr=0.0005, weight_decay=0.04), 'muon_adamw': dict(lr=0.01, weight_decay=0.01), 'muon_sai': dict(lr=0.01, weight_decay=0.01)}),
     Task('fashion-ddpm-lora', 'the same model of clothes, adapted to shoes with LoRA', 'download, 31 MB; base trained here', 'MIT', 0.8,
          load_fashion_lora, build_lora_denoiser, predict_noise, 'val_loss', steps=300, batch_size=32, warmup=15, eval_every=60, clip=1.0, extra=judge_samples,

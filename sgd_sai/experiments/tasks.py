@@ -58,6 +58,7 @@ class Task:
     replacement: bool = False # draw items with replacement (random windows of a text) instead of by epochs
     milestones: tuple = ()  # fractions of the run at which lr drops to a tenth, instead of the cosine
     extra: Callable|None = None # trained model, Data -> dict of further figures, e.g. of generated samples; once, after training
+    loader_workers: int = 0 # processes that prepare batches; for data that are decoded or varied at some cost
 
     @property
     def higher_is_better(self) -> bool: return self.metric == 'accuracy'

@@ -132,7 +132,7 @@ def batches(
     generator = torch.Generator().manual_seed(spec.seed)
     sampler = RandomSampler(data.train, replacement=task.replacement, generator=generator,
                             num_samples=spec.steps * spec.batch_size if task.replacement else None)
-    loader = prepare(DataLoader(data.train, spec.batch_size, sampler=sampler, drop_last=True))
+    loader = prepare(DataLoader(data.train, spec.batch_size, sampler=sampler, drop_last=True, num_workers=task.loader_workers))
     def endless():
         while True: yield from loader
     stream, drawn = endless(), torch.Generator().manual_seed(spec.seed).get_state()
@@ -204,7 +204,7 @@ def train(
     opt = build_optimizer(spec.optimizer, model, spec.hyperparameters)
     warmed = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: schedule(step, spec.steps, spec.warmup, milestones=task.milestones))
     stream = batches(task, data, spec, accelerator.prepare)
-    held_out = accelerator.prepare(DataLoader(data.val, max(spec.batch_size, 128)))
+    held_out = accelerator.prepare(DataLoader(data.val, max(spec.batch_size, 128), num_workers=task.loader_workers))
     inner = opt
     model, opt = accelerator.prepare(model, opt)
     score = lambda: evaluate(task, model, held_out, lambda sums: accelerator.reduce(sums.float().to(accelerator.device), 'sum').double().cpu()
