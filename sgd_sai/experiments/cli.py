@@ -49,13 +49,13 @@ def _settings(items:list[str]) -> dict:
 def tasks():
     "What can be trained: data, size, time of a run on two CPU cores."
     from rich.console import Console
-    from rich.table import Table
 
     from sgd_sai.experiments.registry import TASKS
-    table = Table(title='Tasks', title_justify='left')
-    for column in ('task', 'what', 'data (licence)', 'steps', 'metric', 'min per run'): table.add_column(column, no_wrap=column == 'task')
-    for t in TASKS.values(): table.add_row(t.name, t.title, f'{t.source} ({t.licence})', str(t.steps), t.metric, f'{t.minutes:g}')
-    Console().print(table)
+    from sgd_sai.experiments.sweep import minutes
+    console = Console(highlight=False)
+    for t in TASKS.values():
+        console.print(f'[bold]{t.name}[/bold]  {t.title}')
+        console.print(f'    {t.steps:,} steps of {t.batch_size}, about {minutes(60 * t.minutes)} a run, {t.metric}; data: {t.source} ({t.licence})')
 
 # %% ../../nbs/experiments/05_cli.ipynb #8a19b3f5
 DataOption = Annotated[Optional[Path], typer.Option('--data', help='Folder with data (default: $SGD_SAI_DATA, else ./data).')]
