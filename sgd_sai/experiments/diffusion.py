@@ -108,7 +108,7 @@ def trained_once(
             model.load_state_dict(torch.load(path, weights_only=True))
             return model.eval()
         opt = torch.optim.AdamW(model.parameters(), lr=2e-3)
-        cycle, loader, done = torch.optim.lr_scheduler.OneCycleLR(opt, 2e-3, total_steps=steps), DataLoader(data, batch_size, shuffle=True, drop_last=True), 0
+        cycle, loader, done = torch.optim.lr_scheduler.OneCycleLR(opt, 2e-3, total_steps=steps), DataLoader(data, min(batch_size, len(data)), shuffle=True, drop_last=True), 0
         while done < steps:
             for batch, done in zip(loader, range(done + 1, steps + 1)):
                 opt.zero_grad()
