@@ -204,7 +204,7 @@ def train(
     opt = build_optimizer(spec.optimizer, model, spec.hyperparameters)
     warmed = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: schedule(step, spec.steps, spec.warmup, milestones=task.milestones))
     stream = batches(task, data, spec, accelerator.prepare)
-    held_out = accelerator.prepare(DataLoader(data.val, max(spec.batch_size, 128)))
+    held_out = accelerator.prepare(DataLoader(data.val, spec.batch_size // task.accumulate or 1 if task.accumulate > 1 else max(spec.batch_size, 128)))
     inner = opt
     model, opt = accelerator.prepare(model, opt)
     score = lambda: evaluate(task, model, held_out, lambda sums: accelerator.reduce(sums.float().to(accelerator.device), 'sum').double().cpu()
@@ -245,11 +245,14 @@ def _twice_differentiable():
 def _one_step(task:Task, accelerator, model, opt, batch, clip:float|None, graph:bool) -> tuple[float, bool]:
     "Forward, backward (keeping the graph if need be), clip, step; False, and no step, when loss, gradient or curvature is not finite."
     opt.zero_grad()
+    value, parts = 0.0, list(zip(*(column.chunk(task.accumulate) for column in batch))) if task.accumulate > 1 else [batch]
     with _twice_differentiable() if graph else nullcontext():
-        with accelerator.autocast(): loss, _ = task.loss(model, batch)
-        value = loss.item()
-        if not math.isfinite(value): return value, False
-        accelerator.backward(loss, create_graph=graph)
+        for i, part in enumerate(parts, 1):
+            with accelerator.no_sync(model) if i < len(parts) else nullcontext():
+                with accelerator.autocast(): loss = task.loss(model, part)[0] * (len(part[0]) / len(batch[0]))
+                value += loss.item()
+                if not math.isfinite(value): return value, False
+                accelerator.backward(loss, create_graph=graph)
     if clip:
         norm = accelerator.clip_grad_norm_(model.parameters(), clip)
         if accelerator.scaler is None and not math.isfinite(norm): return value, False
