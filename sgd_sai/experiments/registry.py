@@ -8,11 +8,12 @@ __all__ = ['TASKS', 'get_task']
 # %% ../../nbs/experiments/00e_registry.ipynb #244f643e
 from .diffusion import DIFFUSION_TASKS
 from .finetuning import FINETUNING_TASKS
+from .language import LANGUAGE_TASKS
 from .recipes import RECIPE_TASKS
 from .tasks import SMALL_TASKS, Task, unknown
 
 # %% ../../nbs/experiments/00e_registry.ipynb #d9a7b73d
-TASKS = {task.name: task for task in [*SMALL_TASKS, *FINETUNING_TASKS, *DIFFUSION_TASKS, *RECIPE_TASKS]}
+TASKS = {task.name: task for task in [*SMALL_TASKS, *LANGUAGE_TASKS, *FINETUNING_TASKS, *DIFFUSION_TASKS, *RECIPE_TASKS]}
 
 def get_task(
     name:str, # as in TASKS

@@ -57,6 +57,7 @@ class Task:
     settings: dict = field(repr=False) # optimizer -> its hyperparameters here; weight decay acts on matrices alone
     replacement: bool = False # draw items with replacement (random windows of a text) instead of by epochs
     milestones: tuple = ()  # fractions of the run at which lr drops to a tenth, instead of the cosine
+    accumulate: int = 1     # parts in which a batch is processed, one after the other, where it does not fit into memory at once
     extra: Callable|None = None # trained model, Data -> dict of further figures, e.g. of generated samples; once, after training
     loader_workers: int = 0 # processes that prepare batches; for data that are decoded or varied at some cost
 
@@ -74,7 +75,7 @@ def fetch_file(
     folder:Path, # from data_folder
     name:str, # file name in folder
     url:str, # where it can be had
-    sha256:str, # of the whole file
+    sha256:str|None=None, # of the whole file; None: any file of this name will do, and the digest of the data tells them apart
 ) -> Path: # the file, present and checked
     "A data file: found in `folder`, else downloaded into it. Raises `FileNotFoundError` that says what to put where."
     path = Path(folder) / name
@@ -87,7 +88,7 @@ def fetch_file(
             raise FileNotFoundError(f'{name} is missing and could not be downloaded ({e}).\nPut the file into {path.parent.resolve()} '
                                     f'(or name another folder with --data).\nIt comes from {url}') from None
     found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if found != sha256: raise FileNotFoundError(f'{path} is not the expected file (SHA-256 {found[:12]}..., expected {sha256[:12]}...).\nRemove it, or get it from {url}')
+    if sha256 and found != sha256: raise FileNotFoundError(f'{path} is not the expected file (SHA-256 {found[:12]}..., expected {sha256[:12]}...).\nRemove it, or get it from {url}')
     return path
 
 # %% ../../nbs/experiments/00_tasks.ipynb #1d183f14

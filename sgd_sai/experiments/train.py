@@ -188,6 +188,14 @@ def _summary(task:Task, history:list[dict]) -> dict:
     names = [name for name in ('val_loss', 'accuracy') if points and name in points[0]]
     best = {name: (max if name == 'accuracy' else min)(p[name] for p in points) for name in names}
     return {'best': best, 'final': {name: points[-1][name] for name in names}}
+def _held_out(task:Task, data:Data, spec:RunSpec) -> DataLoader:
+    "Validation batches: no larger than what is processed at once in training, where that is limited."
+    size = max(1, spec.batch_size // task.accumulate) if task.accumulate > 1 else max(spec.batch_size, 128)
+    return DataLoader(data.val, size, num_workers=task.loader_workers)
+
+def _sizes(model:nn.Module) -> dict:
+    "Entries of all parameters, and of those that are trained."
+    return {'parameters': sum(p.numel() for p in model.parameters()), 'trained': sum(p.numel() for p in model.parameters() if p.requires_grad)}
 
 # %% ../../nbs/experiments/02_train.ipynb #a73f2e6b
 def train(
@@ -195,7 +203,7 @@ def train(
     spec:RunSpec, # what defines the run
     device:str|None=None, # 'cpu' to stay there; None: a GPU when there is one
     on_step:Callable=lambda step, loss, metrics: None, # called after every step, e.g. to move a progress bar
-) -> dict: # status, history, best, final, extra, seconds, ms_per_step, state_bytes, parameters, environment
+) -> dict: # status, history, best, final, extra, seconds, ms_per_step, state_bytes, parameters, trained, environment
     "Train one model once. A run that stops being finite has status 'diverged'."
     accelerator = _accelerator(spec.precision, device)
     torch.manual_seed(spec.seed)
@@ -204,7 +212,7 @@ def train(
     opt = build_optimizer(spec.optimizer, model, spec.hyperparameters)
     warmed = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: schedule(step, spec.steps, spec.warmup, milestones=task.milestones))
     stream = batches(task, data, spec, accelerator.prepare)
-    held_out = accelerator.prepare(DataLoader(data.val, max(spec.batch_size, 128), num_workers=task.loader_workers))
+    held_out = accelerator.prepare(_held_out(task, data, spec))
     inner = opt
     model, opt = accelerator.prepare(model, opt)
     score = lambda: evaluate(task, model, held_out, lambda sums: accelerator.reduce(sums.float().to(accelerator.device), 'sum').double().cpu()
@@ -232,7 +240,7 @@ def train(
         on_step(step, loss, metrics)
     extra = task.extra(accelerator.unwrap_model(model).eval(), data) if task.extra and status == 'finished' else {}
     return {'status': status, **_summary(task, history), 'extra': extra, 'history': history, 'seconds': round(sum(times), 3), 'ms_per_step': _quartiles(times),
-            'state_bytes': state_bytes(inner), 'parameters': sum(p.numel() for p in model.parameters()), 'environment': environment(accelerator.device)}
+            'state_bytes': state_bytes(inner), **_sizes(model), 'environment': environment(accelerator.device)}
 
 # %% ../../nbs/experiments/02_train.ipynb #03868028
 @contextmanager
@@ -245,11 +253,14 @@ def _twice_differentiable():
 def _one_step(task:Task, accelerator, model, opt, batch, clip:float|None, graph:bool) -> tuple[float, bool]:
     "Forward, backward (keeping the graph if need be), clip, step; False, and no step, when loss, gradient or curvature is not finite."
     opt.zero_grad()
+    value, parts = 0.0, list(zip(*(column.chunk(task.accumulate) for column in batch))) if task.accumulate > 1 else [batch]
     with _twice_differentiable() if graph else nullcontext():
-        with accelerator.autocast(): loss, _ = task.loss(model, batch)
-        value = loss.item()
-        if not math.isfinite(value): return value, False
-        accelerator.backward(loss, create_graph=graph)
+        for i, part in enumerate(parts, 1):
+            with accelerator.no_sync(model) if i < len(parts) else nullcontext():
+                with accelerator.autocast(): loss = task.loss(model, part)[0] * (len(part[0]) / len(batch[0]))
+                value += loss.item()
+                if not math.isfinite(value): return value, False
+                accelerator.backward(loss, create_graph=graph)
     if clip:
         norm = accelerator.clip_grad_norm_(model.parameters(), clip)
         if accelerator.scaler is None and not math.isfinite(norm): return value, False
