@@ -164,9 +164,9 @@ def test_graph_is_kept_for_those_who_need_it_and_for_nobody_else(monkeypatch):
     data = task.load()
     original = training._one_step
 
-    def watched(task, accelerator, model, opt, batch, clip, graph):
+    def watched(task, accelerator, model, opt, batch, clip, graph, *look):
         seen.setdefault(type(opt.optimizer).__name__, []).append(graph)
-        return original(task, accelerator, model, opt, batch, clip, graph)
+        return original(task, accelerator, model, opt, batch, clip, graph, *look)
 
     monkeypatch.setattr(training, "_one_step", watched)
     for name, changes in (("adamw", {}), ("adahessian", {"update_period": 3})):

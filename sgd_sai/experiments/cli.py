@@ -190,29 +190,73 @@ def cost(
         if out: typer.echo(f'record  {write_json(cost_path(out, task), record)}')
 
 # %% ../../nbs/experiments/05_cli.ipynb #c2038684
-@app.command()
-def gsnr(
-    task: Annotated[str, typer.Argument(help='Whose model; see `sgd-sai tasks`.')] = 'digits-vit',
-    plot: Annotated[Optional[Path], typer.Option(help='Save the figure here (PNG).')] = None,
-    seed: Annotated[int, typer.Option(help='Of the initial weights and the batch.')] = 0,
-    data: DataOption = None,
-):
-    "g-SNR of every tensor of a task's model on its first batch, beside the square root of its size."
+def _gsnr_table(task, data, seed:int, plot:Optional[Path]):
+    "Print the table of the first step, and draw it where asked."
     import torch
 
-    from sgd_sai.experiments.registry import get_task
     from sgd_sai.experiments.train import batches, make_spec
     from sgd_sai.gsnr import gsnr_table
+    torch.manual_seed(seed)
+    model = task.build(data.sizes)
+    task.loss(model, next(batches(task, data, make_spec(task, data, 'sgd_sai', seed))))[0].backward()
+    table = gsnr_table(model)
+    typer.echo(str(table))
+    if plot:
+        table.plot(f'{task.name}, first step').savefig(plot)
+        typer.echo(f'figure  {plot}')
+
+def _gsnr_record(given:dict, make, out:Path, fresh:bool) -> dict:
+    "The record in `out` that agrees with `given`, or what `make(progress)` returns, saved there."
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from sgd_sai.experiments.audit import find_gsnr, gsnr_path
+    from sgd_sai.experiments.runs import write_json
+    path, record = gsnr_path(out, given['model']), None if fresh else find_gsnr(out, given)
+    if record is None:
+        console = Console(stderr=True)
+        with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
+            bar = progress.add_task(given['model'])
+            record = make(lambda done, total: progress.update(bar, completed=done, total=total))
+        write_json(path, record)
+        typer.echo(f'record  {path}')
+    else: typer.echo(f'record  {path}  (found; --fresh makes it again)')
+    return record
+
+# %% ../../nbs/experiments/05_cli.ipynb #a5b65bd2
+@app.command()
+def gsnr(
+    task: Annotated[str, typer.Argument(help='Whose model; see `sgd-sai tasks`. With --out also full-size: ViT-S/16, GPT-2 small and ResNet-18, one backward pass each.')] = 'digits-vit',
+    steps: Annotated[Optional[int], typer.Option(min=1, help="Steps of the training that is recorded (default: the task's own).")] = None,
+    out: Annotated[Optional[Path], typer.Option(help='Train with SGD-SaI and keep a record of g-SNR at the steps 1, 2, 4, 8, ... here.')] = None,
+    batch_count: Annotated[int, typer.Option('--batches', min=1, help='Batches on which the record looks at the initial weights.')] = 8,
+    weight_count: Annotated[int, typer.Option('--weights', min=1, help='Initial weights that the record looks at.')] = 5,
+    plot: Annotated[Optional[Path], typer.Option(help='Save the figure here (PNG): of the first step, or with --out of the training.')] = None,
+    seed: Annotated[int, typer.Option(help='Of the initial weights and the batches.')] = 0,
+    data: DataOption = None,
+    device: Annotated[Optional[str], typer.Option(help="Of the training: 'cpu', or nothing for a GPU when there is one.")] = None,
+    fresh: Annotated[bool, typer.Option('--fresh', help='Make a record again that is there.')] = False,
+):
+    "g-SNR of every tensor of a task's model beside the square root of its size: on the first batch, or with --out through training."
+    from sgd_sai.experiments.audit import FORMAT, FULL_SIZE, agreement, full_size_record, gsnr_record, gsnr_spec, plot_scales, plot_training
+    from sgd_sai.experiments.registry import TASKS, get_task
+    from sgd_sai.experiments.runs import check_writable
     with _in_words():
-        chosen = get_task(task)
-        loaded = chosen.load(data)
-        torch.manual_seed(seed)
-        model = chosen.build(loaded.sizes)
-        chosen.loss(model, next(batches(chosen, loaded, make_spec(chosen, loaded, 'sgd_sai', seed))))[0].backward()
-        table = gsnr_table(model)
-        typer.echo(str(table))
+        if device not in (None, 'cpu', 'cuda'): raise unknown('device', device, ('cpu', 'cuda'))
+        large = task == 'full-size'
+        if not large and task not in TASKS: raise unknown('task', task, [*TASKS, 'full-size'])
+        if large and steps: raise UsageError('full-size models are not trained: leave out --steps')
+        if out is None and (large or steps): raise UsageError(f"{'full-size' if large else '--steps'} makes a record: say where to keep it with --out")
+        if out is None: return _gsnr_table(get_task(task), get_task(task).load(data), seed, plot)
+        check_writable(out)
+        if large: models = _gsnr_record({'format': FORMAT, 'model': task, 'seed': seed}, lambda progress: full_size_record(seed=seed, progress=progress), out, fresh)['models']
+        else:
+            chosen, how = get_task(task), dict(steps=steps, seed=seed, batch_count=batch_count, weight_count=weight_count)
+            loaded = chosen.load(data)
+            models = {task: _gsnr_record(gsnr_spec(chosen, loaded, **how), lambda progress: gsnr_record(chosen, loaded, **how, device=device, progress=progress), out, fresh)}
+        typer.echo(agreement(models)[['tensors', 'not measured', 'parameters near, all steps', 'least', 'median', 'most']].round(4).to_string())
         if plot:
-            table.plot(f'{task}, first step').savefig(plot)
+            (plot_scales if large else plot_training)(models).savefig(plot)
             typer.echo(f'figure  {plot}')
 
 # %% ../../nbs/experiments/05_cli.ipynb #5f8cc63a

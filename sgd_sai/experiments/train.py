@@ -203,6 +203,7 @@ def train(
     spec:RunSpec, # what defines the run
     device:str|None=None, # 'cpu' to stay there; None: a GPU when there is one
     on_step:Callable=lambda step, loss, metrics: None, # called after every step, e.g. to move a progress bar
+    on_gradients:Callable=lambda step, model: None, # called when the gradients are there and neither clipped nor used yet; its time counts as the step's
 ) -> dict: # status, history, best, final, extra, seconds, ms_per_step, state_bytes, parameters, trained, environment
     "Train one model once. A run that stops being finite has status 'diverged'."
     accelerator = _accelerator(spec.precision, device)
@@ -226,7 +227,7 @@ def train(
     for step in range(1, spec.steps + 1):
         batch = next(stream)
         begin = time.perf_counter()
-        loss, ok = _one_step(task, accelerator, model, opt, batch, spec.clip, needs_graph())
+        loss, ok = _one_step(task, accelerator, model, opt, batch, spec.clip, needs_graph(), lambda: on_gradients(step, accelerator.unwrap_model(model)))
         times.append(time.perf_counter() - begin)
         if not ok:
             status = 'diverged'
@@ -250,8 +251,8 @@ def _twice_differentiable():
         warnings.filterwarnings('ignore', r'Using backward\(\) with create_graph=True', UserWarning)
         yield
 
-def _one_step(task:Task, accelerator, model, opt, batch, clip:float|None, graph:bool) -> tuple[float, bool]:
-    "Forward, backward (keeping the graph if need be), clip, step; False, and no step, when loss, gradient or curvature is not finite."
+def _one_step(task:Task, accelerator, model, opt, batch, clip:float|None, graph:bool, look:Callable=lambda: None) -> tuple[float, bool]:
+    "Forward, backward (keeping the graph if need be), look, clip, step; False, and no step, when loss, gradient or curvature is not finite."
     opt.zero_grad()
     value, parts = 0.0, list(zip(*(column.chunk(task.accumulate) for column in batch))) if task.accumulate > 1 else [batch]
     with _twice_differentiable() if graph else nullcontext():
@@ -261,6 +262,7 @@ def _one_step(task:Task, accelerator, model, opt, batch, clip:float|None, graph:
                 value += loss.item()
                 if not math.isfinite(value): return value, False
                 accelerator.backward(loss, create_graph=graph)
+    look()
     if clip:
         norm = accelerator.clip_grad_norm_(model.parameters(), clip)
         if accelerator.scaler is None and not math.isfinite(norm): return value, False
