@@ -6,10 +6,10 @@
 __all__ = ['FORMAT', 'FULL_SIZE', 'REASONS', 'PLOTTED', 'look_steps', 'tensor_columns', 'initial_scales', 'gsnr_spec',
            'gsnr_record', 'full_size_record', 'gsnr_path', 'read_gsnr', 'find_gsnr', 'load_gsnr', 'gsnr_frame',
            'deviations', 'agreement', 'plot_scales', 'plot_training', 'plot_means', 'first_batch', 'plot_batches',
-           'paper_frame', 'Pairing', 'pairings', 'control_curves', 'control_frame', 'control_sentence', 'plot_control',
-           'plot_pairs']
+           'paper_frame', 'Pairing', 'pairings', 'control_curves', 'one_per_task', 'control_frame', 'control_sentence',
+           'plot_control', 'plot_pairs']
 
-# %% ../../nbs/experiments/09_audit.ipynb #f18a54b6
+# %% ../../nbs/experiments/09_audit.ipynb #c4e6761d
 import json, math, statistics, warnings
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from ..gsnr import GSNRTable, gsnr_batches, gsnr_table
 from ..shapes import SHAPES
 from ..style import ACCENT, GRID, INK, KIND_MARKERS, MUTED, figure_style, optimizer_style
 
-# %% ../../nbs/experiments/09_audit.ipynb #a27c4495
+# %% ../../nbs/experiments/09_audit.ipynb #dfb6154d
 def look_steps(
     steps:int, # of the run, at least 1
 ) -> list[int]:
@@ -48,7 +48,7 @@ def tensor_columns(
     return [{'name': name, 'kind': rows[name].kind, 'shape': list(rows[name].shape), 'numel': rows[name].numel,
              **{key: [_short(getattr(found[step].get(name), key, None)) for step in tables] for key in _MEASURED}} for name in order]
 
-# %% ../../nbs/experiments/09_audit.ipynb #b54a4d92
+# %% ../../nbs/experiments/09_audit.ipynb #d1346d7f
 def initial_scales(
     task:Task, data:Data,
     spec:RunSpec, # for the seed and the batch size
@@ -68,7 +68,7 @@ def initial_scales(
         return gsnr_batches(model, loss, given)
     return {'batches': tables(spec.seed, drawn[:batch_count]), 'weights': [tables(spec.seed + i, drawn[:1])[0] for i in range(weight_count)]}
 
-# %% ../../nbs/experiments/09_audit.ipynb #f7b606ef
+# %% ../../nbs/experiments/09_audit.ipynb #dc33ccfa
 FORMAT = 1 # of the records
 
 def gsnr_spec(
@@ -101,7 +101,7 @@ def gsnr_record(
     return {**given, 'title': task.title, 'status': run['status'], 'final': {key: _short(value) for key, value in run['final'].items()}, 'parameters': run['parameters'],
             'steps': list(tables), 'tensors': tensors, 'environment': run['environment']}
 
-# %% ../../nbs/experiments/09_audit.ipynb #60411583
+# %% ../../nbs/experiments/09_audit.ipynb #b703a583
 def _vit() -> nn.Module:
     model = SHAPES['vit_s16']()
     nn.init.normal_(model.heads.head.weight, std=0.02)
@@ -134,7 +134,7 @@ def full_size_record(
         progress(i + 1, len(names))
     return {'format': FORMAT, 'model': 'full-size', 'seed': seed, 'models': models, 'environment': environment('cpu')}
 
-# %% ../../nbs/experiments/09_audit.ipynb #95c7600f
+# %% ../../nbs/experiments/09_audit.ipynb #28b29c34
 def gsnr_path(
     folder, # root of the run files
     model:str, # name of a task, or 'full-size'
@@ -172,7 +172,7 @@ def load_gsnr(
             raise FileNotFoundError(f"no g-SNR of {name} in {folder}: sgd-sai gsnr {'full-size' if name in FULL_SIZE else name} --out {folder}")
     return {name: {**found, **large}[name] for name in names or [*found, *large]}
 
-# %% ../../nbs/experiments/09_audit.ipynb #c7a46929
+# %% ../../nbs/experiments/09_audit.ipynb #55a4485a
 def gsnr_frame(
     record:dict, # of a task, or one of the models at full size
 ): # DataFrame, a line per tensor and step
@@ -191,7 +191,7 @@ def gsnr_frame(
         frame['epsilon'] = -np.log1p(np.minimum(1e-8, 1e-3 * frame.norm / np.sqrt(n)) / frame['std']).where(known, frame.gsnr * 0)
     return frame
 
-# %% ../../nbs/experiments/09_audit.ipynb #7225d5da
+# %% ../../nbs/experiments/09_audit.ipynb #54f4fb90
 REASONS = {'few': 'few entries', 'common': 'common mean', 'epsilon': 'tiny gradient'}
 
 def deviations(
@@ -216,7 +216,7 @@ def deviations(
                'few': 'few entries (%)', 'common': 'common mean (%)', 'epsilon': 'ε (%)', 'reason': 'reason'}
     return table[list(columns)].rename(columns=columns).reset_index(drop=True)
 
-# %% ../../nbs/experiments/09_audit.ipynb #ae2bc26d
+# %% ../../nbs/experiments/09_audit.ipynb #c51ebff4
 def agreement(
     records:dict[str, dict], # from load_gsnr
     within:float=0.01, # relative difference of G and sqrt(n) that counts as none
@@ -236,7 +236,7 @@ def agreement(
                           'parameters near, all steps': known.numel[near(known)].sum() / max(known.numel.sum(), 1), 'least': known.ratio.min(), 'median': known.ratio.median(), 'most': known.ratio.max()})
     return pd.DataFrame(lines).set_index(['model', 'kind'])
 
-# %% ../../nbs/experiments/09_audit.ipynb #94959e3f
+# %% ../../nbs/experiments/09_audit.ipynb #3c736efd
 def _panels(count:int, columns:int=4, width:float=2.9, height:float=2.7, **how):
     "A grid of axes for `count` panels, those that are left over switched off."
     import matplotlib.pyplot as plt
@@ -249,7 +249,7 @@ def _legend(fig, kinds, **how):
     "The kinds of tensors below the figure."
     from matplotlib.lines import Line2D
     marks = [Line2D([], [], marker=KIND_MARKERS[kind], color=ACCENT, linestyle='', label=kind) for kind in KIND_MARKERS if kind in kinds]
-    fig.legend(handles=marks + how.pop('more', []), loc='outside lower center', ncols=8, **how)
+    fig.legend(handles=marks + how.pop('more', []), loc='outside lower center', ncols=8 if fig.get_figwidth() > 7 else 3, **how)
 
 def plot_scales(
     records:dict[str, dict], # from load_gsnr
@@ -272,7 +272,7 @@ def plot_scales(
         plt.close(fig)
     return fig
 
-# %% ../../nbs/experiments/09_audit.ipynb #4327846e
+# %% ../../nbs/experiments/09_audit.ipynb #03729e9a
 _ROWS = [('conv', 'linear', 'embedding'), ('norm', 'bias', 'other')]
 _TONES = dict(zip(_ROWS[0] + _ROWS[1], [ACCENT, INK, '#F59E0B'] * 2))
 
@@ -284,8 +284,11 @@ def plot_training(
     records = {name: record for name, record in records.items() if len(record['steps']) > 1}
     if not records: raise ValueError('no record of a training run to draw')
     with figure_style():
-        fig, axes = plt.subplots(2, len(records), figsize=(max(2.7 * len(records), 4.5), 5), layout='constrained', squeeze=False, sharey='row', sharex='col')
-        for column, (name, record) in zip(axes.T, records.items()):
+        columns, blocks = min(4, len(records)), math.ceil(len(records) / 4)
+        fig, axes = plt.subplots(2 * blocks, columns, figsize=(max(2.7 * columns, 4.5), 4.8 * blocks), layout='constrained', squeeze=False, sharey='row')
+        places = [axes[2*block : 2*block + 2, i] for block in range(blocks) for i in range(columns)]
+        for column in places[len(records):]: column[0].axis('off'), column[1].axis('off')
+        for column, (name, record) in zip(places, records.items()):
             frame = gsnr_frame(record).dropna(subset='ratio')
             for ax, kinds in zip(column, _ROWS):
                 ax.axhline(1, color=MUTED, linewidth=0.8)
@@ -297,14 +300,12 @@ def plot_training(
                 ax.set(xscale='log')
             column[0].set(title=name)
             column[1].set(xlabel='step')
+            for ax in column: ax.legend(fontsize=7)
         for ax in axes[:, 0]: ax.set(ylabel='G / √n')
-        for row in axes:
-            named = dict(pair for ax in row for pair in zip(*reversed(ax.get_legend_handles_labels())))
-            row[-1].legend(named.values(), named.keys(), fontsize=8)
         plt.close(fig)
     return fig
 
-# %% ../../nbs/experiments/09_audit.ipynb #08736a93
+# %% ../../nbs/experiments/09_audit.ipynb #e1347dda
 def plot_means(
     records:dict[str, dict], # from load_gsnr
 ): # the matplotlib figure
@@ -317,7 +318,7 @@ def plot_means(
     frame = pd.concat(frames).dropna(subset='mean_to_std').query('numel > 1')
     with figure_style():
         fig, axes = plt.subplots(1, 2, figsize=(9, 3.6), layout='constrained', sharey=True)
-        curve = np.logspace(-6, max(0, math.log10(frame.mean_to_std.max())) + 0.1, 200)
+        curve = np.logspace(-6, max(0, math.log10(max(frame.mean_to_std.max(), 1e-6))) + 0.1, 200)
         for ax, title, rows in zip(axes, ('First step', 'Last step of training'), (frame[frame.step == 1], frame[(frame.step == frame['last']) & (frame.step > 1)])):
             ax.plot(curve, np.sqrt(1 + curve**2), color=INK, linewidth=0.8)
             for kind, part in rows.groupby('kind'): ax.scatter(part.mean_to_std.clip(lower=1e-6), part.ratio, marker=KIND_MARKERS[kind], s=20, color=ACCENT, alpha=0.4, linewidths=0)
@@ -327,14 +328,14 @@ def plot_means(
         plt.close(fig)
     return fig
 
-# %% ../../nbs/experiments/09_audit.ipynb #0ea74ca3
-def _beyond(record:dict, which:str): # DataFrame, tensors x draws; tensors of one entry, and without gradient in some draw, are left out
+# %% ../../nbs/experiments/09_audit.ipynb #65d187ea
+def _beyond(record:dict, which:str) -> tuple: # what is beyond the shape, tensors x draws, and the spread of G in per cent; without tensors of one entry and those that a draw gives no gradient
     import numpy as np
     import pandas as pd
     kept = [tensor for tensor in record['tensors'] if tensor['numel'] > 1 and all(tensor[which])]
-    n = np.array([tensor['numel'] for tensor in kept], float)[:, None]
-    return pd.DataFrame(np.clip(np.array([tensor[which] for tensor in kept], float).reshape(len(kept), -1)**2 / (n - 1) - 1, 1e-6, None),
-                        index=pd.MultiIndex.from_tuples([(tensor['name'], tensor['kind'], tensor['numel']) for tensor in kept], names=['name', 'kind', 'numel']))
+    n, G = np.array([tensor['numel'] for tensor in kept], float)[:, None], np.array([tensor[which] for tensor in kept], float).reshape(len(kept), -1)
+    index = pd.MultiIndex.from_tuples([(tensor['name'], tensor['kind']) for tensor in kept], names=['name', 'kind'])
+    return pd.DataFrame(np.clip(G**2 / (n - 1) - 1, 1e-6, None), index=index), pd.Series(100 * G.std(axis=1, ddof=1) / G.mean(axis=1), index=index)
 
 def _mean_correlation(frame) -> float:
     "Mean rank correlation over all pairs of columns."
@@ -351,18 +352,17 @@ def first_batch(
     for name, record in records.items():
         if not record.get('batch_count', 0) > 1: continue
         beyond = {which: _beyond(record, which) for which in ('batches', 'weights')}
-        for kind in [*[k for k in KIND_MARKERS if k in set(beyond['batches'].index.get_level_values('kind'))], 'all']:
+        for kind in [*[k for k in KIND_MARKERS if k in set(beyond['batches'][0].index.get_level_values('kind'))], 'all']:
             line = {'model': name, 'kind': kind}
-            for which, frame in beyond.items():
-                part = frame if kind == 'all' else frame[frame.index.get_level_values('kind') == kind]
-                G = (1 + part)**0.5
-                spread = 100 * G.std(axis=1) / G.mean(axis=1)
+            for which, (frame, spread) in beyond.items():
+                mine = frame.index.get_level_values('kind').isin([kind] if kind != 'all' else list(KIND_MARKERS))
+                part, spread = frame[mine], spread[mine]
                 line |= {'tensors': len(part), f'{which}: spread of G (%)': spread.median(), f'{which}: at most (%)': spread.max(),
                          f'{which}: correlation': _mean_correlation(part) if len(part) > 4 else math.nan}
             lines.append(line)
-    return pd.DataFrame(lines).set_index(['model', 'kind'])
+    return pd.DataFrame(lines).set_index(['model', 'kind']) if lines else pd.DataFrame()
 
-# %% ../../nbs/experiments/09_audit.ipynb #7c1133cc
+# %% ../../nbs/experiments/09_audit.ipynb #34f54d61
 def plot_batches(
     records:dict[str, dict], # from load_gsnr; models without draws are left out
 ): # the matplotlib figure
@@ -374,19 +374,18 @@ def plot_batches(
         fig, axes = _panels(len(records), sharex=True, sharey=True)
         kinds = set()
         for ax, (name, record) in zip(axes, records.items()):
-            beyond = _beyond(record, 'batches')
+            beyond, _ = _beyond(record, 'batches')
             ax.plot([1e-6, 10], [1e-6, 10], color=INK, linewidth=0.8)
             for kind, rows in beyond.groupby('kind'):
                 kinds.add(kind)
                 for i in range(1, rows.shape[1]): ax.scatter(rows[0], rows[i], marker=KIND_MARKERS[kind], s=12, color=ACCENT, alpha=0.25, linewidths=0)
-            ax.set(xscale='log', yscale='log', title=name, xlabel='first batch', ylabel='other batches')
+            ax.set(xscale='log', yscale='log', title=name, xlabel='G²/(n-1) - 1, first batch', ylabel='other batches')
             ax.label_outer()
-        fig.suptitle('G²/(n-1) - 1', x=0.01, ha='left', fontsize=10)
         _legend(fig, kinds)
         plt.close(fig)
     return fig
 
-# %% ../../nbs/experiments/09_audit.ipynb #e9813254
+# %% ../../nbs/experiments/09_audit.ipynb #41d09cd0
 PLOTTED = { # layer in the paper's figure -> value, ending of the name in torchvision
     'qkv': (665.1, 'in_proj_weight'), 'proj': (384.0, 'out_proj.weight'), 'mlp': (768.0, 'mlp.0.weight'), 'head': (619.68, 'heads.head.weight')}
 
@@ -403,7 +402,7 @@ def paper_frame(
                       'plotted / √n': plotted / n**0.5})
     return pd.DataFrame(lines).set_index('layer')
 
-# %% ../../nbs/experiments/09_audit.ipynb #3ab7cfa3
+# %% ../../nbs/experiments/09_audit.ipynb #20dc6789
 class Pairing(NamedTuple):
     "Runs that share everything but the seed and whether the scale is G or sqrt(n)."
     task: str
@@ -430,7 +429,7 @@ def pairings(
         found.append(Pairing(one['task'], one['hyperparameters'], one['steps'], one['batch_size'], {name: {seed: mine[seed] for seed in common} for name, mine in both.items()}))
     return sorted(found, key=lambda p: (p.task, -len(p.runs['sgd_sai']), json.dumps(p.hyperparameters, sort_keys=True)))
 
-# %% ../../nbs/experiments/09_audit.ipynb #12e8c54b
+# %% ../../nbs/experiments/09_audit.ipynb #b7e284e6
 def control_curves(
     pairing:Pairing,
     metric:str, # 'val_loss' or 'accuracy'
@@ -441,6 +440,16 @@ def control_curves(
     gaps = b - a
     out = pd.DataFrame({'sgd_sai': a.mean(axis=1), 'control': b.mean(axis=1), 'seeds_std': ((a.var(axis=1) + b.var(axis=1)) / 2)**0.5, 'gap': gaps.mean(axis=1)})
     return out.join(gaps.add_prefix('gap_')).rename_axis('step').reset_index()
+
+def one_per_task(
+    pairs:list[Pairing],
+    metric_of:Callable, # name of a task -> its metric
+) -> list[Pairing]:
+    "Of each task the pair of settings that ends best, by the mean over both scales, so that neither is favoured."
+    def end(pairing):
+        metric = metric_of(pairing.task)
+        return (-1 if metric == 'accuracy' else 1) * statistics.fmean(run['final'][metric] for mine in pairing.runs.values() for run in mine.values())
+    return [min((p for p in pairs if p.task == task), key=end) for task in dict.fromkeys(p.task for p in pairs)]
 
 def control_frame(
     pairs:list[Pairing], # with two seeds or more
@@ -456,11 +465,11 @@ def control_frame(
         gaps = [end[f'gap_{seed}'] for seed in pairing.runs['sgd_sai']]
         half = stats.t.ppf(0.975, k - 1) * statistics.stdev(gaps) / math.sqrt(k)
         lines.append({'task': pairing.task, 'lr': pairing.hyperparameters['lr'], 'wd': pairing.hyperparameters.get('weight_decay', 0.0), 'steps': pairing.steps, 'seeds': k,
-                      'metric': metric_of(pairing.task), 'SGD-SaI': end.sgd_sai, '√n control': end.control, 'std over seeds': end.seeds_std, 'difference': end.gap, 'low': end.gap - half, 'high': end.gap + half,
-                      'wider than seeds': int((curves.gap.abs() > curves.seeds_std).sum()), 'evaluations': len(curves)})
+                      'metric': metric_of(pairing.task), 'SGD-SaI': end.sgd_sai, '√n control': end.control, 'std over seeds': end.seeds_std,
+                      'difference': end.gap, 'low': end.gap - half, 'high': end.gap + half, 'wider than seeds': int((curves.gap.abs() > curves.seeds_std).sum()), 'evaluations': len(curves)})
     return pd.DataFrame(lines)
 
-# %% ../../nbs/experiments/09_audit.ipynb #c5e3f8d3
+# %% ../../nbs/experiments/09_audit.ipynb #124a985b
 def control_sentence(
     row, # a line of control_frame
 ) -> str:
@@ -492,7 +501,7 @@ def plot_control(
         plt.close(fig)
     return fig
 
-# %% ../../nbs/experiments/09_audit.ipynb #704dff7a
+# %% ../../nbs/experiments/09_audit.ipynb #854bfffa
 def plot_pairs(
     pairs:list[Pairing],
     metric_of:Callable, # name of a task -> its metric
