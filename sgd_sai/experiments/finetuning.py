@@ -255,7 +255,7 @@ SENTIMENT = Task(
         'po:Lion': dict(lr=1e-5, weight_decay=0.1), 'muon_adamw': dict(lr=0.002, adamw_lr=1e-4, weight_decay=0.01), 'muon_sai': dict(lr=0.002, sai_lr=0.001, weight_decay=0.01)}))
 
 LORA_SMOLLM2 = Task(
-    'lora-smollm2', 'LoRA in SmolLM2-135M, which learns to define words', 'download, 270 MB and WordNet, 10 MB', 'WordNet licence (free with notice); model: Apache 2.0', 2.5,
+    'lora-smollm2', 'LoRA in SmolLM2-135M, which learns to define words', 'download, 270 MB and WordNet, 10 MB', 'WordNet licence (free with notice); model: Apache 2.0', 3,
     load_wordnet, build_lora_smollm2, predict_answer, 'val_loss', steps=120, batch_size=8, warmup=12, eval_every=60, clip=1.0, extra=generation_scores,
     settings=_with_control({
         'sgd_sai': dict(lr=0.01, weight_decay=0.01), 'sgdm': dict(lr=0.3, weight_decay=0.0001), 'adamw': dict(lr=1e-3, weight_decay=0.01),
