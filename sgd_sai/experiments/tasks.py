@@ -37,6 +37,7 @@ def digest(
     for part in parts: sha.update(part if isinstance(part, bytes) else part.contiguous().numpy().tobytes())
     return sha.hexdigest()[:12]
 
+# %% ../../nbs/experiments/00_tasks.ipynb #56ddead7
 @dataclass(frozen=True)
 class Task:
     "A training problem without the optimizer. Times are for two CPU cores."
