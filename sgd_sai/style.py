@@ -21,6 +21,7 @@ OPTIMIZER_STYLE = {  # name -> label, colour, line style
     'muon_adamw':    ('Muon + AdamW', '#0E7490', (0, (4, 2))),
     'muon_sai':      ('Muon + SGD-SaI', '#BE185D', '-'),
     'authors':       ("SGD-SaI, authors' code", '#92400E', (0, (1, 1))),
+    'scaled:none':   ('SGDM, decoupled decay', MUTED, (0, (1, 1))),
 }
 _SPARE = ['#A21CAF', '#65A30D', '#0369A1', '#A16207', '#475569']  # optimizers that have no colour of their own
 

@@ -252,15 +252,15 @@ SENTIMENT = Task(
     settings=_with_control({
         'sgd_sai': dict(lr=0.001, weight_decay=0.01), 'sgdm': dict(lr=0.03, weight_decay=0.0001), 'adamw': dict(lr=1e-4, weight_decay=0.01),
         'adan': dict(lr=3e-4, weight_decay=0.02), 'adahessian': dict(lr=0.01, weight_decay=0.0005, block_size=32), 'adam_mini': dict(lr=1e-4, weight_decay=0.01),
-        'po:Lion': dict(lr=1e-5, weight_decay=0.1), 'muon_adamw': dict(lr=0.002, adamw_lr=1e-4, weight_decay=0.01), 'muon_sai': dict(lr=0.002, sai_lr=0.001, weight_decay=0.01)}))
+        'po:Lion': dict(lr=1e-5, weight_decay=0.1), 'muon_adamw': dict(lr=6e-4, weight_decay=0.01), 'muon_sai': dict(lr=6e-4, weight_decay=0.01)}))
 
 LORA_SMOLLM2 = Task(
-    'lora-smollm2', 'LoRA in SmolLM2-135M, which learns to define words', 'download, 270 MB and WordNet, 10 MB', 'WordNet licence (free with notice); model: Apache 2.0', 2.5,
+    'lora-smollm2', 'LoRA in SmolLM2-135M, which learns to define words', 'download, 270 MB and WordNet, 10 MB', 'WordNet licence (free with notice); model: Apache 2.0', 3,
     load_wordnet, build_lora_smollm2, predict_answer, 'val_loss', steps=120, batch_size=8, warmup=12, eval_every=60, clip=1.0, extra=generation_scores,
     settings=_with_control({
         'sgd_sai': dict(lr=0.01, weight_decay=0.01), 'sgdm': dict(lr=0.3, weight_decay=0.0001), 'adamw': dict(lr=1e-3, weight_decay=0.01),
         'adan': dict(lr=3e-3, weight_decay=0.02), 'adahessian': dict(lr=0.03, weight_decay=0.0005, block_size=32), 'adam_mini': dict(lr=1e-3, weight_decay=0.01),
-        'po:Lion': dict(lr=1e-4, weight_decay=0.1), 'muon_adamw': dict(lr=0.01, adamw_lr=1e-3, weight_decay=0.01), 'muon_sai': dict(lr=0.01, sai_lr=0.01, weight_decay=0.01)}))
+        'po:Lion': dict(lr=1e-4, weight_decay=0.1), 'muon_adamw': dict(lr=0.006, weight_decay=0.01), 'muon_sai': dict(lr=0.006, weight_decay=0.01)}))
 
 LORA_E2E = Task(
     'lora-gpt2-e2e', "LoRA in GPT-2 medium on E2E, the paper's recipe", 'download, 1.5 GB', 'CC BY-SA 4.0; model: MIT', 5000,
@@ -268,6 +268,6 @@ LORA_E2E = Task(
     settings=_with_control({
         'sgd_sai': dict(lr=1e-3, weight_decay=0.01), 'sgdm': dict(lr=0.1, weight_decay=0.01), 'adamw': dict(lr=2e-4, weight_decay=0.01),
         'adan': dict(lr=1e-3, weight_decay=0.01), 'adahessian': dict(lr=0.03, weight_decay=0.0005, block_size=32), 'adam_mini': dict(lr=2e-4, weight_decay=0.01),
-        'po:Lion': dict(lr=5e-5, weight_decay=0.1), 'muon_adamw': dict(lr=0.005, adamw_lr=2e-4, weight_decay=0.01), 'muon_sai': dict(lr=0.005, sai_lr=1e-3, weight_decay=0.01)}))
+        'po:Lion': dict(lr=5e-5, weight_decay=0.1), 'muon_adamw': dict(lr=0.0015, weight_decay=0.01), 'muon_sai': dict(lr=7e-4, weight_decay=0.01)}))
 
 FINETUNING_TASKS = [SENTIMENT, LORA_SMOLLM2, LORA_E2E]

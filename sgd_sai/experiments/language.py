@@ -155,9 +155,9 @@ KJV_TASK = Task(
     'kjv-gpt2', "a small GPT-2 on the King James Bible in GPT-2's tokens", 'download, 6 MB', 'public domain outside the United Kingdom', 1.5,
     load_kjv, build_kjv_gpt, predict_next, 'val_loss', steps=300, batch_size=16, warmup=30, eval_every=100, clip=1.0, replacement=True,
     settings=_with_control({
-        'sgd_sai': dict(lr=0.03, weight_decay=0.01), 'sgdm': dict(lr=0.3, weight_decay=0.0001), 'adamw': dict(lr=0.003, weight_decay=0.1, betas=(0.9, 0.99)),
+        'sgd_sai': dict(lr=0.003, weight_decay=0.01), 'sgdm': dict(lr=0.3, weight_decay=0.0001), 'adamw': dict(lr=0.003, weight_decay=0.1, betas=(0.9, 0.99)),
         'adan': dict(lr=0.01, weight_decay=0.02), 'adahessian': _HESSIAN, 'adam_mini': dict(lr=0.003, weight_decay=0.1),
-        'po:Lion': dict(lr=0.0003, weight_decay=1.0), 'muon_adamw': dict(lr=0.02, weight_decay=0.1), 'muon_sai': dict(lr=0.02, weight_decay=0.01)}))
+        'po:Lion': dict(lr=0.0003, weight_decay=1.0), 'muon_adamw': dict(lr=0.02, weight_decay=0.1), 'muon_sai': dict(lr=0.02, sai_lr=0.003, weight_decay=0.01)}))
 
 OPENWEBTEXT_TASK = Task(
     'openwebtext-gpt2', "GPT-2 small on OpenWebText, the paper's recipe", 'files by nanoGPT, 17 GB', 'CC0 (the collection; each page has its author)', 4e7,

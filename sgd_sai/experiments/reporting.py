@@ -140,6 +140,7 @@ def grid_of(
             for run in runs if run['optimizer'] == name]
     return pd.DataFrame(rows).pivot_table(index='wd', columns='lr', values='value', dropna=False)
 
+# %% ../../nbs/experiments/15_reporting.ipynb #76fff43f
 def plot_grids(
     task:Task, runs:list[dict],
     names=None, # registry names; None: all
@@ -170,6 +171,7 @@ def plot_grids(
         plt.close(fig)
     return fig
 
+# %% ../../nbs/experiments/15_reporting.ipynb #96afcf42
 def tolerance(
     task:Task, runs:list[dict],
     close:float|None=None, # distance to the best that counts as near; None: 0.01 (a point of accuracy), or 0.05 nats

@@ -48,6 +48,7 @@ def _tracked(p, g, state):
     state['v'] = BETA * state.get('v', 0.0) + (1 - BETA) * _rms(g)**2
     return _inverse(math.sqrt(state['v'] / (1 - BETA**state['seen'])))
 
+# %% ../../nbs/experiments/16_scaling_rules.ipynb #c292c0b7
 RULES = { # name -> function (parameter, gradient, state) -> scale: number, tensor that broadcasts, or None to wait; and whether it is asked in every step
     'none':                 (lambda p, g, state: 1.0, False),
     'gsnr':                 (lambda p, g, state: gsnr(g).item() if p.numel() > 1 else 1.0, False),

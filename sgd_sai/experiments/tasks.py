@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FASHION', 'CIFAR10', 'SHAKESPEARE', 'DIGITS', 'FASHION_TASKS', 'CIFAR10_TASK', 'PYDOC', 'SHAKESPEARE_TASK',
            'SMALL_TASKS', 'Data', 'digest', 'Task', 'data_folder', 'fetch_file', 'load_digits', 'build_digits_vit',
-           'classify', 'torchvision_set', 'load_fashion', 'build_fashion_vit', 'build_small_resnet',
+           'classify', 'torchvision_set', 'load_fashion', 'build_fashion_vit', 'build_wide_vit', 'build_small_resnet',
            'build_fashion_resnet', 'Images', 'load_cifar10', 'build_resnet20', 'TextWindows', 'split_text',
            'build_gpt2', 'predict_next', 'load_pydoc', 'build_pydoc_gpt', 'load_shakespeare', 'build_shakespeare_gpt',
            'UsageError', 'unknown']
@@ -37,6 +37,7 @@ def digest(
     for part in parts: sha.update(part if isinstance(part, bytes) else part.contiguous().numpy().tobytes())
     return sha.hexdigest()[:12]
 
+# %% ../../nbs/experiments/00_tasks.ipynb #56ddead7
 @dataclass(frozen=True)
 class Task:
     "A training problem without the optimizer. Times are for two CPU cores."
@@ -140,6 +141,12 @@ def build_fashion_vit(sizes:dict) -> nn.Module:
     from transformers import ViTConfig, ViTForImageClassification
     return ViTForImageClassification(ViTConfig(image_size=28, patch_size=7, num_channels=1, hidden_size=64, num_hidden_layers=3,
                                                num_attention_heads=4, intermediate_size=128, initializer_range=0.1, num_labels=10))
+
+def build_wide_vit(sizes:dict) -> nn.Module:
+    "The same with width 256, and initial weights with std 0.05, as four times the inputs want it."
+    from transformers import ViTConfig, ViTForImageClassification
+    return ViTForImageClassification(ViTConfig(image_size=28, patch_size=7, num_channels=1, hidden_size=256, num_hidden_layers=3,
+                                               num_attention_heads=4, intermediate_size=512, initializer_range=0.05, num_labels=10))
 
 def build_small_resnet(
     sizes:dict, # not needed
@@ -276,6 +283,10 @@ FASHION_TASKS = [
          load_fashion, build_fashion_vit, classify, 'accuracy', steps=937, batch_size=128, warmup=94, eval_every=188, clip=1.0,
          settings=_settings(dict(lr=0.01, weight_decay=0.1), dict(lr=0.1, weight_decay=0.0001), dict(lr=0.003, weight_decay=0.1),
                             dict(lr=0.015, weight_decay=0.02), _IMAGES)),
+    Task('fashion-vit-wide', 'the same, four times as wide', 'download, 31 MB', 'MIT', 4,
+         load_fashion, build_wide_vit, classify, 'accuracy', steps=937, batch_size=128, warmup=94, eval_every=188, clip=1.0,
+         settings=_settings(dict(lr=0.01, weight_decay=0.1), dict(lr=0.1, weight_decay=0.0001), dict(lr=0.001, weight_decay=0.1),
+                            dict(lr=0.005, weight_decay=0.02), _IMAGES)),
     Task('fashion-resnet', 'ResNet-20 with half the channels on Fashion-MNIST', 'download, 31 MB', 'MIT', 1.7,
          load_fashion, build_fashion_resnet, classify, 'accuracy', steps=1406, batch_size=128, warmup=70, eval_every=282, clip=None,
          settings=_settings(dict(lr=0.03, weight_decay=0.01), dict(lr=0.1, weight_decay=0.0005), dict(lr=0.01, weight_decay=0.05),
