@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .adahessian import AdaHessian
 from .adan import Adan
+from .muon import MuonSaI
 from .optimizer import SGDSaI
 from .peers import po_optimizer
 from .shapes import named_shapes
@@ -108,6 +109,12 @@ def _muon_rule(params, dtype):
     matrices = {name: shape for name, shape in params.items() if len(shape) == 2}
     return per_parameter(['momentum_buffer'])(matrices, dtype) + _adamw({name: shape for name, shape in params.items() if name not in matrices}, dtype)
 
+def _muon_sai_rule(params, dtype):
+    matrices = {name: shape for name, shape in params.items() if len(shape) == 2}
+    return per_parameter(['momentum_buffer'])(matrices, dtype) + _sgd_sai()({name: shape for name, shape in params.items() if name not in matrices}, dtype)
+
+def _muon_sai(named): return [MuonSaI([{'params': some, 'muon': matrices} for matrices in (True, False) if (some := [p for _, p in named if (p.ndim == 2) == matrices])])]
+
 def _muon(named):
     split = {cls: [p for _, p in named if (p.ndim == 2) == (cls is torch.optim.Muon)] for cls in (torch.optim.Muon, torch.optim.AdamW)}
     return [cls(params) for cls, params in split.items() if params]
@@ -131,6 +138,7 @@ STATES |= {
     'asgd':             StateRule('ASGD', per_parameter(['ax'], ['step', 'eta', 'mu']), _of(torch.optim.ASGD)),
     'adafactor':        StateRule('Adafactor', per_parameter(clocks=['step'], more=_factored), _of(torch.optim.Adafactor)),
     'lbfgs':            StateRule('LBFGS, history 10', lbfgs_rule(10), _of(torch.optim.LBFGS, history_size=10)),
+    'muon_sai':         StateRule('Muon and SGD-SaI', _muon_sai_rule, _muon_sai),
 }
 if hasattr(torch.optim, 'Muon'): STATES['muon'] = StateRule('Muon and AdamW', _muon_rule, _muon)      # PyTorch 2.9 and later
 

@@ -126,6 +126,10 @@ class MuonSaI(ScaledOptimizer):
         super().add_param_group(param_group)
         self.param_groups[-1].pop('rest', None)
 
+    def __setstate__(self, state):
+        super().__setstate__(state)
+        for group in self.param_groups: group.pop('rest', None)
+
     def check(self, group):
         check_sgd_sai(group)
         for key in ('normalize', 'capturable', 'differentiable', 'state_dtype', 'rounding'):

@@ -21,6 +21,7 @@ OPTIMIZER_STYLE = {  # name -> label, colour, line style
     'muon_adamw':    ('Muon + AdamW', '#0E7490', (0, (4, 2))),
     'muon_sai':      ('Muon + SGD-SaI', '#BE185D', '-'),
     'authors':       ("SGD-SaI, authors' code", '#92400E', (0, (1, 1))),
+    'scaled:none':   ('SGDM, decoupled decay', MUTED, (0, (1, 1))),
 }
 _SPARE = ['#A21CAF', '#65A30D', '#0369A1', '#A16207', '#475569']  # optimizers that have no colour of their own
 
@@ -33,7 +34,7 @@ def optimizer_style(
 ) -> tuple: # label, colour, matplotlib line style
     "How every figure and table of the project shows the optimizer `name`."
     if name in OPTIMIZER_STYLE: return OPTIMIZER_STYLE[name]
-    return name.removeprefix('po:'), _SPARE[order % len(_SPARE)], '-'
+    return name.removeprefix('po:').removeprefix('scaled:').replace('_', ' '), _SPARE[order % len(_SPARE)], '-'
 
 # %% ../nbs/90_style.ipynb #5879c3a7
 def figure_style():

@@ -15,7 +15,7 @@ from sgd_sai.experiments import tasks
 from sgd_sai.experiments.cli import app
 from sgd_sai.experiments.compare import compare, plan, train_missing
 from sgd_sai.experiments.runs import RunSpec, load_run, load_runs, run_path, save_run
-from sgd_sai.experiments.tasks import TASKS, get_task
+from sgd_sai.experiments.registry import TASKS, get_task
 from sgd_sai.experiments.train import OPTIMIZERS, batches, build_optimizer, make_spec, schedule, train
 
 
@@ -169,7 +169,7 @@ def test_tasks_load_build_and_score(name):
 
 def test_mixed_precision_trains():
     code = """
-from sgd_sai.experiments.tasks import get_task
+from sgd_sai.experiments.registry import get_task
 from sgd_sai.experiments.train import make_spec, train
 task = get_task('digits-vit'); data = task.load()
 record = train(task, data, make_spec(task, data, 'sgd_sai', steps=30, precision='bf16'), device='cpu')

@@ -18,10 +18,11 @@ from sgd_sai.experiments.cli import app
 from sgd_sai.experiments.cost import step_costs
 from sgd_sai.experiments.runs import load_runs, run_path
 from sgd_sai.experiments.sweep import Sweep, expand, read_sweep, recorded_runs, run_sweep, sweep_frame
-from sgd_sai.experiments.tasks import Data, UsageError, get_task
+from sgd_sai.experiments.registry import get_task
+from sgd_sai.experiments.tasks import Data, UsageError
 from sgd_sai.experiments.train import batches, epoch_steps, make_spec, schedule, train
 
-SWEEPS = Path(__file__).resolve().parents[1] / "sweeps"
+SWEEPS, RESULTS = (Path(__file__).resolve().parents[1] / name for name in ("sweeps", "results"))
 
 
 def cli(*arguments):
@@ -78,7 +79,9 @@ SMALL = dict(task="digits-vit", optimizers=["sgd_sai", "adamw"], seeds=1, steps=
 
 @pytest.mark.parametrize("path", sorted(SWEEPS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_sweeps_of_this_repository_can_be_read_and_expanded(path):
-    specs = expand(read_sweep(path), Data(range(1438 if "digits" in path.read_text() else 60_000), [], {}, ""))
+    sweep = read_sweep(path)
+    fingerprint = next((run["data"] for run in load_runs(RESULTS, sweep.task)), "")
+    specs = expand(sweep, Data(range(1438 if "digits" in path.read_text() else 60_000), [], {}, fingerprint), RESULTS)
     assert len(specs) == len({spec.key for spec in specs}) > 1
 
 
@@ -161,9 +164,9 @@ def test_graph_is_kept_for_those_who_need_it_and_for_nobody_else(monkeypatch):
     data = task.load()
     original = training._one_step
 
-    def watched(task, accelerator, model, opt, batch, clip, graph):
+    def watched(task, accelerator, model, opt, batch, clip, graph, *look):
         seen.setdefault(type(opt.optimizer).__name__, []).append(graph)
-        return original(task, accelerator, model, opt, batch, clip, graph)
+        return original(task, accelerator, model, opt, batch, clip, graph, *look)
 
     monkeypatch.setattr(training, "_one_step", watched)
     for name, changes in (("adamw", {}), ("adahessian", {"update_period": 3})):

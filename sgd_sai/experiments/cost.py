@@ -13,7 +13,8 @@ from typing import Callable
 import torch
 
 from .runs import environment
-from .tasks import TASKS, Data, Task, TextWindows, build_gpt2, get_task, predict_next, unknown
+from .registry import TASKS, get_task
+from .tasks import Data, Task, TextWindows, build_gpt2, predict_next, unknown
 from ..speed import allocated_peak
 from .train import _accelerator, _one_step, _quartiles, batches, build_optimizer, make_spec, state_bytes
 

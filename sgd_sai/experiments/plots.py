@@ -22,8 +22,8 @@ def _curve(ax, frame, x:str, y:str, label:str, color:str, line):
 
 def _limits(frame, y:str) -> tuple[float, float]:
     "Limits that show the curves and not the spike of a run that went wrong."
-    values = frame[y].dropna()
-    low, high = values.min(), values[frame.step > 0].quantile(0.97)
+    values = frame[frame.step > 0][y].dropna()
+    low, high = values.min(), values.quantile(0.97)
     margin = 0.04 * (high - low) or 0.1
     return low - margin, high + margin
 

@@ -67,7 +67,7 @@ def load_imagenet(
 _VIT_SAI, _VIT_ADAM = dict(lr=0.01, weight_decay=0.01), dict(lr=0.001, weight_decay=0.1)
 IMAGENET_VIT_S16 = Task(
     'imagenet-vit-s16', "ViT-S/16 on ImageNet-1K, the SGD-SaI paper's model and length", 'your own copy, 140 GB', 'research only', 600_000,
-    load_imagenet, build_vit_s16, classify, 'accuracy', steps=112602, batch_size=1024, warmup=10_000, eval_every=1251, clip=1.0, loader_workers=8,
+    load_imagenet, build_vit_s16, classify, 'accuracy', steps=112602, batch_size=1024, accumulate=8, warmup=10_000, eval_every=1251, clip=1.0, loader_workers=8,
     settings={'sgd_sai': _VIT_SAI, 'sgd_sai_sqrtn': _VIT_SAI, 'sgdm': dict(lr=0.1, weight_decay=0.0001), 'adamw': _VIT_ADAM, 'adam_mini': _VIT_ADAM,
               'adan': dict(lr=0.01, weight_decay=0.02), 'adahessian': dict(lr=0.15, weight_decay=0.0005, block_size=32), 'po:Lion': dict(lr=0.0002, weight_decay=0.5),
               'po:Prodigy': dict(lr=1.0, weight_decay=0.01), 'muon_adamw': dict(lr=0.02, weight_decay=0.1), 'muon_sai': dict(lr=0.02, weight_decay=0.1)})

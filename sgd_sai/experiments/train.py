@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, RandomSampler
 
 from ..base import BaseOptimizer
 from .runs import RunSpec, environment
+from .scalings import RULES, ScaledSGDM
 from .tasks import Data, Task, UsageError, unknown
 from ..adahessian import AdaHessian
 from ..adan import Adan
@@ -64,11 +65,14 @@ OPTIMIZERS = { # name -> class, hyperparameters that make it what the name says
 PUBLISHED = {'adam_mini': lambda: po_optimizer('AdamMini'), 'authors': authors_sgd_sai} # classes that are loaded when they are asked for
 
 def optimizer_class(
-    name:str, # as in OPTIMIZERS or PUBLISHED, or 'po:Name'
+    name:str, # as in OPTIMIZERS or PUBLISHED, 'po:Name', or 'scaled:rule'
 ) -> tuple[type, dict]: # the class, and the hyperparameters that belong to the name
     "An optimizer by name. Raises `UsageError` for an unknown one."
     if name in OPTIMIZERS: return OPTIMIZERS[name]
     if name in PUBLISHED: return PUBLISHED[name](), {}
+    if name.startswith('scaled:'):
+        if name[7:] not in RULES: raise unknown('rule', name[7:], RULES)
+        return ScaledSGDM, {'rule': name[7:]}
     if not name.startswith('po:'): raise unknown('optimizer', name, [*OPTIMIZERS, *PUBLISHED], ', and po:NAME for any optimizer of pytorch_optimizer')
     try: return po_optimizer(name[3:]), {}
     except KeyError as e: raise UsageError(e.args[0]) from None
@@ -184,6 +188,14 @@ def _summary(task:Task, history:list[dict]) -> dict:
     names = [name for name in ('val_loss', 'accuracy') if points and name in points[0]]
     best = {name: (max if name == 'accuracy' else min)(p[name] for p in points) for name in names}
     return {'best': best, 'final': {name: points[-1][name] for name in names}}
+def _held_out(task:Task, data:Data, spec:RunSpec) -> DataLoader:
+    "Validation batches: no larger than what is processed at once in training, where that is limited."
+    size = max(1, spec.batch_size // task.accumulate) if task.accumulate > 1 else max(spec.batch_size, 128)
+    return DataLoader(data.val, size, num_workers=task.loader_workers)
+
+def _sizes(model:nn.Module) -> dict:
+    "Entries of all parameters, and of those that are trained."
+    return {'parameters': sum(p.numel() for p in model.parameters()), 'trained': sum(p.numel() for p in model.parameters() if p.requires_grad)}
 
 # %% ../../nbs/experiments/02_train.ipynb #a73f2e6b
 def train(
@@ -191,7 +203,8 @@ def train(
     spec:RunSpec, # what defines the run
     device:str|None=None, # 'cpu' to stay there; None: a GPU when there is one
     on_step:Callable=lambda step, loss, metrics: None, # called after every step, e.g. to move a progress bar
-) -> dict: # status, history, best, final, extra, seconds, ms_per_step, state_bytes, parameters, environment
+    on_gradients:Callable=lambda step, model: None, # called when the gradients are there and neither clipped nor used yet; its time counts as the step's
+) -> dict: # status, history, best, final, extra, seconds, ms_per_step, state_bytes, parameters, trained, environment
     "Train one model once. A run that stops being finite has status 'diverged'."
     accelerator = _accelerator(spec.precision, device)
     torch.manual_seed(spec.seed)
@@ -200,7 +213,7 @@ def train(
     opt = build_optimizer(spec.optimizer, model, spec.hyperparameters)
     warmed = torch.optim.lr_scheduler.LambdaLR(opt, lambda step: schedule(step, spec.steps, spec.warmup, milestones=task.milestones))
     stream = batches(task, data, spec, accelerator.prepare)
-    held_out = accelerator.prepare(DataLoader(data.val, max(spec.batch_size, 128), num_workers=task.loader_workers))
+    held_out = accelerator.prepare(_held_out(task, data, spec))
     inner = opt
     model, opt = accelerator.prepare(model, opt)
     score = lambda: evaluate(task, model, held_out, lambda sums: accelerator.reduce(sums.float().to(accelerator.device), 'sum').double().cpu()
@@ -214,7 +227,7 @@ def train(
     for step in range(1, spec.steps + 1):
         batch = next(stream)
         begin = time.perf_counter()
-        loss, ok = _one_step(task, accelerator, model, opt, batch, spec.clip, needs_graph())
+        loss, ok = _one_step(task, accelerator, model, opt, batch, spec.clip, needs_graph(), lambda: on_gradients(step, accelerator.unwrap_model(model)))
         times.append(time.perf_counter() - begin)
         if not ok:
             status = 'diverged'
@@ -228,7 +241,7 @@ def train(
         on_step(step, loss, metrics)
     extra = task.extra(accelerator.unwrap_model(model).eval(), data) if task.extra and status == 'finished' else {}
     return {'status': status, **_summary(task, history), 'extra': extra, 'history': history, 'seconds': round(sum(times), 3), 'ms_per_step': _quartiles(times),
-            'state_bytes': state_bytes(inner), 'parameters': sum(p.numel() for p in model.parameters()), 'environment': environment(accelerator.device)}
+            'state_bytes': state_bytes(inner), **_sizes(model), 'environment': environment(accelerator.device)}
 
 # %% ../../nbs/experiments/02_train.ipynb #03868028
 @contextmanager
@@ -238,14 +251,18 @@ def _twice_differentiable():
         warnings.filterwarnings('ignore', r'Using backward\(\) with create_graph=True', UserWarning)
         yield
 
-def _one_step(task:Task, accelerator, model, opt, batch, clip:float|None, graph:bool) -> tuple[float, bool]:
-    "Forward, backward (keeping the graph if need be), clip, step; False, and no step, when loss, gradient or curvature is not finite."
+def _one_step(task:Task, accelerator, model, opt, batch, clip:float|None, graph:bool, look:Callable=lambda: None) -> tuple[float, bool]:
+    "Forward, backward (keeping the graph if need be), look, clip, step; False, and no step, when loss, gradient or curvature is not finite."
     opt.zero_grad()
+    value, parts = 0.0, list(zip(*(column.chunk(task.accumulate) for column in batch))) if task.accumulate > 1 else [batch]
     with _twice_differentiable() if graph else nullcontext():
-        with accelerator.autocast(): loss, _ = task.loss(model, batch)
-        value = loss.item()
-        if not math.isfinite(value): return value, False
-        accelerator.backward(loss, create_graph=graph)
+        for i, part in enumerate(parts, 1):
+            with accelerator.no_sync(model) if i < len(parts) else nullcontext():
+                with accelerator.autocast(): loss = task.loss(model, part)[0] * (len(part[0]) / len(batch[0]))
+                value += loss.item()
+                if not math.isfinite(value): return value, False
+                accelerator.backward(loss, create_graph=graph)
+    look()
     if clip:
         norm = accelerator.clip_grad_norm_(model.parameters(), clip)
         if accelerator.scaler is None and not math.isfinite(norm): return value, False

@@ -1,0 +1,121 @@
+"Reports are made of run files: `sgd-sai report` follows them, `sgd-sai repeat` makes one again, and the tables say what the files say."
+import json
+import math
+import shutil
+from pathlib import Path
+
+import nbformat
+import pytest
+from typer.testing import CliRunner
+
+from sgd_sai.experiments.cli import app
+from sgd_sai.experiments.registry import get_task
+from sgd_sai.experiments.reporting import at_edge, difference, grid_of, phases, plot_grids, plot_ranking, ranking, report_notebooks, repository, tolerance, verdict
+from sgd_sai.experiments.runs import load_runs, run_path, spec_of
+from sgd_sai.experiments.sweep import read_sweep, run_sweep
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def cli(*arguments):
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    "A repository with one sweep, its runs, and one report that prints their mean accuracy."
+    root = tmp_path_factory.mktemp("site")
+    for folder in ("results", "sweeps", "nbs/experiments"): (root / folder).mkdir(parents=True)
+    (root / "sweeps/tiny.yaml").write_text("task: digits-vit\noptimizers: [sgd_sai, adamw]\nseeds: 2\nsteps: 6\n")
+    run_sweep(read_sweep(root / "sweeps/tiny.yaml"), root / "results", device="cpu")
+    code = "from sgd_sai.experiments.reporting import ranking, sweep_runs\ntask, runs = sweep_runs('tiny')\nprint(ranking(task, runs, runs)['mean'].round(6).to_dict())"
+    book = nbformat.v4.new_notebook(cells=[nbformat.v4.new_markdown_cell("# Report"), nbformat.v4.new_code_cell(code)])
+    book.metadata["kernelspec"] = {"display_name": "python3", "language": "python", "name": "python3"}
+    nbformat.write(book, root / "nbs/experiments/20_tiny.ipynb")
+    exporting = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell("#| default_exp experiments.something")])
+    nbformat.write(exporting, root / "nbs/experiments/21_code.ipynb")
+    return root
+
+
+def shown(root):
+    cells = nbformat.read(root / "nbs/experiments/20_tiny.ipynb", as_version=4).cells
+    return "".join(output.get("text", "") for cell in cells for output in cell.get("outputs", ()))
+
+
+def test_a_changed_run_file_changes_the_page(site, tmp_path):
+    root = tmp_path / "site"
+    shutil.copytree(site, root)
+    assert list(report_notebooks(root)) == ["20_tiny"]
+    done = cli("report", "--root", root)
+    assert done.exit_code == 0 and "rebuilt, and changed" in done.output
+    first = shown(root)
+    assert "AdamW" in first and "SGD-SaI" in first
+    assert "as it was" in cli("report", "20_tiny", "--root", root).output and shown(root) == first
+
+    run = load_runs(root / "results")[0]
+    path = run_path(root / "results", spec_of(run))
+    path.write_text(json.dumps(run | {"final": {"val_loss": 1.0, "accuracy": 0.987654}}))
+    assert "rebuilt, and changed" in cli("report", "--root", root).output and shown(root) != first
+
+    changed = shown(root)
+    path.unlink()
+    done = cli("report", "--root", root)
+    assert done.exit_code == 1 and "sgd-sai sweep" in done.output and "Traceback" not in done.output
+    assert shown(root) == changed                                              # a report that fails keeps what it showed
+
+
+def test_report_says_what_is_wrong(tmp_path, site):
+    assert cli("report", "20_tin", "--root", site).exit_code == 2
+    assert "clone of the repository" in cli("report", "--root", tmp_path).output or not report_notebooks(tmp_path)
+    with pytest.raises(FileNotFoundError, match="clone of the repository"): repository(tmp_path)
+
+
+def test_repeat_makes_the_same_run(site, tmp_path):
+    run = load_runs(site / "results")[0]
+    path = run_path(site / "results", spec_of(run))
+    done = cli("repeat", path, "--device", "cpu")
+    assert done.exit_code == 0 and done.output.strip().endswith("the same")
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps(run | {"final": run["final"] | {"val_loss": 0.5}}))
+    done = cli("repeat", other, "--device", "cpu")
+    assert done.exit_code == 1 and "not the same" in done.output
+    for wrong, text in (("{}", "no run file"), ("[", "no run file"), (json.dumps(run | {"data": "0" * 12}), "other data")):
+        other.write_text(wrong)
+        done = cli("repeat", other, "--device", "cpu")
+        assert done.exit_code == 2 and text in done.output.replace("\n", " "), done.output
+    assert cli("repeat", tmp_path / "none.json").exit_code == 1
+
+
+def fabricated(optimizer, values, lr=0.01, wd=0.1, status="finished"):
+    return [dict(optimizer=optimizer, seed=seed, status=status, steps=100, hyperparameters={"lr": lr, "weight_decay": wd}, final={"accuracy": v} if v is not None else {}, parameters=10,
+                 state_bytes=40, history=[dict(step=s, accuracy=(v or 0) * s / 100) for s in range(0, 101, 25)]) for seed, v in enumerate(values)]
+
+
+def test_ranking_and_differences_are_those_of_the_runs():
+    task = get_task("digits-vit")
+    runs = fabricated("sgd_sai", [0.5, 0.7]) + fabricated("adamw", [0.8, 0.9], 0.1) + fabricated("adan", [0.1, 0.2], status="diverged")
+    frame = ranking(task, runs, runs + fabricated("adamw", [0.0], 0.01), {"optimizers": {"adamw": {"ms": {"median": 2.0}, "ratio": {"median": 1.5}}}})
+    assert list(frame.index) == ["AdamW", "SGD-SaI", "Adan"] and frame.loc["AdamW", "mean"] == pytest.approx(0.85)
+    assert frame.loc["AdamW", "edge"] == "high" and frame.loc["AdamW", "cells"] == 2 and frame.loc["AdamW", "run s"] == pytest.approx(0.2)
+    assert frame.loc["Adan", "diverged"] == 2 and math.isnan(frame.loc["Adan", "mean"]) and frame.loc["SGD-SaI", "state B/param"] == 4
+    gap = difference(task, runs, "adamw", "sgd_sai")
+    assert gap["mean"] == pytest.approx(0.25) and gap["std"] == pytest.approx(0.0707, abs=1e-4) and (gap["seeds"], gap["better"]) == (2, 2)
+    assert verdict(gap, 0.01) == "better" and verdict(difference(task, runs, "sgd_sai", "adamw"), 0.01) == "worse"
+    assert verdict({"mean": 0.02, "std": 0.05, "seeds": 3}, 0.01) == "even"    # as large as its noise
+    assert at_edge(runs, "sgd_sai", 0.01) == "low" and phases(task, runs).loc["AdamW", "50%"] == pytest.approx(0.425)
+    assert len(plot_ranking([(task, runs)]).axes) == 1
+
+
+def test_loss_counts_downwards():
+    task = get_task("shakespeare-gpt")
+    runs = [run | {"final": {"val_loss": run["final"]["accuracy"]}} for run in fabricated("sgd_sai", [1.5, 1.7]) + fabricated("adamw", [1.8, 1.9])]
+    assert difference(task, runs, "sgd_sai", "adamw")["mean"] == pytest.approx(0.25) and list(ranking(task, runs, runs).index) == ["SGD-SaI", "AdamW"]
+
+
+def test_grids_count_the_cells_near_the_best():
+    task = get_task("digits-vit")
+    runs = [run for lr, wd, v in ((0.1, 0.1, 0.9), (0.1, 1.0, 0.895), (1.0, 0.1, 0.5)) for run in fabricated("sgd_sai", [v], lr, wd)] + fabricated("sgd_sai", [0.99], 1.0, 1.0, "diverged")
+    assert math.isnan(grid_of(task, runs, "sgd_sai").loc[1.0, 1.0])
+    row = tolerance(task, runs).loc["SGD-SaI"]
+    assert (row["cells"], row["diverged"], row["near"], row["best"]) == (4, 1, 0.5, 0.9)
+    assert len(plot_grids(task, runs).axes) == 5                                # one panel and four empty ones
