@@ -34,6 +34,7 @@ def authors_sgd_sai() -> type: # a torch.optim.Optimizer class with the signatur
     "The class `SGD_sai` of the authors' package, as module `sgd_sai_authors`. Raises `RuntimeError` when it cannot be had."
     if 'sgd_sai_authors' not in sys.modules:
         module = types.ModuleType('sgd_sai_authors')
+        module.print = lambda *args, **kwargs: None           # it announces every first step
         source = zipfile.ZipFile(_authors_wheel()).read('sgd_sai/sgd_sai.py')
         exec(compile(source, 'sgd_sai_authors.py', 'exec'), module.__dict__)
         sys.modules['sgd_sai_authors'] = module

@@ -10,7 +10,7 @@ __all__ = ['CONTESTANTS', 'SERIES', 'SERIES_NAMES', 'BUSY_NAMES', 'MODELS_SHOWN'
            'plot_busy', 'plot_extras', 'plot_shares', 'speed_targets']
 
 # %% ../nbs/05_speed.ipynb #6fe6acad
-import contextlib, gc, io, logging, os, statistics, subprocess, sys, time
+import contextlib, gc, logging, os, statistics, subprocess, sys, time
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -144,11 +144,10 @@ def prepared(
     params:list[nn.Parameter], # with gradients
 ) -> tuple[Callable, str]: # the step, and what is to be said about it
     "Build an optimizer and let it make its first steps, which allocate and compile. Raises what building or stepping raises."
-    with contextlib.redirect_stdout(io.StringIO()):                      # the authors' class prints
-        opt = contestant.build(params)
-        slow = seconds_of(opt.step) > 2                                  # what takes so long needs no warming up
-        step, note = _compiled(opt) if contestant.compiled else (opt.step, '')
-        if not slow: step()
+    opt = contestant.build(params)
+    slow = seconds_of(opt.step) > 2                                      # what takes so long needs no warming up
+    step, note = _compiled(opt) if contestant.compiled else (opt.step, '')
+    if not slow: step()
     return step, note
 
 def _one_line(e:Exception) -> str:

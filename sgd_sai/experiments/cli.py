@@ -63,7 +63,7 @@ DataOption = Annotated[Optional[Path], typer.Option('--data', help='Folder with 
 @app.command()
 def compare(
     task: Annotated[str, typer.Argument(help='What to train; see `sgd-sai tasks`.')] = 'digits-vit',
-    optimizers: Annotated[str, typer.Option('--optimizers', '-o', help='Names, with commas: sgd_sai, sgd_sai_sqrtn, sgdm, adamw, adan, adahessian, po:NAME.')] = '',
+    optimizers: Annotated[str, typer.Option('--optimizers', '-o', help='Names, with commas: sgd_sai, sgd_sai_sqrtn, sgdm, adamw, adan, adahessian, muon_sai, muon_adamw, adam_mini, authors, po:NAME, scaled:RULE.')] = '',
     seeds: Annotated[int, typer.Option(min=1, help='Runs per optimizer.')] = 3,
     steps: Annotated[Optional[int], typer.Option(min=1, help="Steps of a run (default: the task's own).")] = None,
     setting: Annotated[list[str], typer.Option('--set', help='A hyperparameter, e.g. --set adamw.lr=0.001; may be repeated.')] = [],

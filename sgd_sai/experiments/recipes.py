@@ -55,7 +55,8 @@ def load_imagenet(
     root = data_folder(folder) / 'imagenet'
     if missing := [part for part in ('train', 'val') if not (root / part).is_dir()]:
         raise FileNotFoundError(f"no folder {', no folder '.join(str((root / part).resolve()) for part in missing)}.\nImageNet has to be asked for at https://image-net.org (ILSVRC2012, research only). "
-                                'Unpack it so that there is one folder per class,\nin train (1,281,167 images) and in val (50,000 images; these come unsorted and have to be moved into such folders), or name another folder with --data.')
+                                'Unpack it so that there is one folder per class,\nin train (1,281,167 images) and in val (50,000 images; these come unsorted and have to be moved into such folders), '
+                                'or name another folder with --data.')
     last = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))]
     train = ImageFolder(root / 'train', v2.Compose([v2.RandomResizedCrop(224), v2.RandomHorizontalFlip(), *last]))
     val = ImageFolder(root / 'val', v2.Compose([v2.Resize(256), v2.CenterCrop(224), *last]))

@@ -266,8 +266,11 @@ def build_shakespeare_gpt(sizes:dict) -> nn.Module:
 
 # %% ../../nbs/experiments/00_tasks.ipynb #21f22181
 def _settings(sgd_sai:dict, sgdm:dict, adamw:dict, adan:dict, adahessian:dict) -> dict:
-    "Hyperparameters by optimizer; the control shares those of SGD-SaI."
-    return {'sgd_sai': sgd_sai, 'sgd_sai_sqrtn': sgd_sai, 'sgdm': sgdm, 'adamw': adamw, 'adan': adan, 'adahessian': adahessian}
+    "Hyperparameters by optimizer; the control shares those of SGD-SaI, and the peers follow from AdamW's and SGD-SaI's."
+    lr, decay = adamw['lr'], adamw['weight_decay']
+    peers = {'adam_mini': adamw, 'po:Lion': dict(lr=float(f'{lr/6:.2g}'), weight_decay=3*decay), 'muon_adamw': dict(lr=0.02, weight_decay=decay),
+             'muon_sai': dict(lr=0.02, weight_decay=sgd_sai['weight_decay'])}
+    return {'sgd_sai': sgd_sai, 'sgd_sai_sqrtn': sgd_sai, 'sgdm': sgdm, 'adamw': adamw, 'adan': adan, 'adahessian': adahessian, **peers}
 
 # AdaHessian as its paper has it for images and for translation; where there is attention, the curvature of matrices is averaged over blocks of 32
 _IMAGES, _TEXT = dict(lr=0.15, weight_decay=0.0005, block_size=32), dict(lr=0.047, weight_decay=0.0005, betas=(0.9, 0.98), block_size=32)
