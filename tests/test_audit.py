@@ -134,7 +134,7 @@ def test_committed_records_obey_the_identity(name):
 
 def test_committed_records_are_small_and_not_taken_for_runs():
     files = list((ROOT / "results" / "gsnr").glob("*.json"))
-    assert files and max(f.stat().st_size for f in files) < 400_000
+    assert files and max(f.stat().st_size for f in files) < 300_000
     assert load_runs(ROOT / "results", "gsnr") == []
 
 

@@ -300,7 +300,8 @@ def plot_training(
                 ax.set(xscale='log')
             column[0].set(title=name)
             column[1].set(xlabel='step')
-            for ax in column: ax.legend(fontsize=7)
+            for ax in column:
+                if ax.get_legend_handles_labels()[0]: ax.legend(fontsize=7)
         for ax in axes[:, 0]: ax.set(ylabel='G / √n')
         plt.close(fig)
     return fig
