@@ -302,6 +302,7 @@ def plot_training(
             column[1].set(xlabel='step')
             for ax in column:
                 if ax.get_legend_handles_labels()[0]: ax.legend(fontsize=7)
+                else: ax.axis('off')
         for ax in axes[:, 0]: ax.set(ylabel='G / √n')
         plt.close(fig)
     return fig
