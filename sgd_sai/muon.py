@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import _use_grad_for_differentiable
 
-from .base import average_dtype, check_range, lr_of, shrink_
+from .base import average_dtype, lr_of, shrink_
 from .optimizer import ScaledOptimizer, check_sgd_sai, gather, step_gathered
 
 # %% ../nbs/07_muon.ipynb #96e298bb

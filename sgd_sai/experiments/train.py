@@ -188,6 +188,7 @@ def _summary(task:Task, history:list[dict]) -> dict:
     names = [name for name in ('val_loss', 'accuracy') if points and name in points[0]]
     best = {name: (max if name == 'accuracy' else min)(p[name] for p in points) for name in names}
     return {'best': best, 'final': {name: points[-1][name] for name in names}}
+
 def _held_out(task:Task, data:Data, spec:RunSpec) -> DataLoader:
     "Validation batches: no larger than what is processed at once in training, where that is limited."
     size = max(1, spec.batch_size // task.accumulate) if task.accumulate > 1 else max(spec.batch_size, 128)
