@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .base import AveragingOptimizer, average_dtype, check_betas, check_lr, check_range, debias, lr_of
+from .base import AveragingOptimizer, average_dtype, check_betas, check_lr, check_range, closure_loss, debias, lr_of
 from .pieces import in_float32, plain
 
 # %% ../nbs/03_adahessian.ipynb #1fdfb991
@@ -266,9 +266,7 @@ class AdaHessian(CurvatureOptimizer):
         closure:Callable|None=None, # evaluates the model, calls backward(create_graph=True) and returns the loss; called once
     ): # the closure's loss, or None
         "One step. Parameters without a gradient are left alone; afterwards no gradient has a graph any more."
-        loss = None
-        if closure is not None:
-            with torch.enable_grad(): loss = closure()
+        loss = closure_loss(closure)
         try: ready = self._look()
         except Exception:
             for name in ('grad_scale', 'found_inf'): vars(self).pop(name, None)         # left by a GradScaler, whose next scale would be multiplied by it

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _use_grad_for_differentiable
 
-from .base import AveragingOptimizer, average_dtype, check_betas, check_lr, check_range, debias, lr_of, shrink_
+from .base import AveragingOptimizer, average_dtype, check_betas, check_lr, check_range, closure_loss, debias, lr_of, shrink_
 from .pieces import PIECE, SMALL, in_float32, pieces, plain, real
 
 # %% ../nbs/02_adan.ipynb #34d71fd8
@@ -228,9 +228,7 @@ class Adan(RestartableOptimizer):
         closure:Callable|None=None, # evaluates the model and returns the loss; called once
     ): # the closure's loss, or None
         "One step. Parameters without a gradient are left alone."
-        loss = None
-        if closure is not None:
-            with torch.enable_grad(): loss = closure()
+        loss = closure_loss(closure)
         for group in self.param_groups: list(self.with_grad(group))       # an error in any group comes before the first change
         for group in self.param_groups: _step_group(self, group)
         if any(group['restart_radius'] is not None for group in self.param_groups): _restart_long_paths(self)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import _use_grad_for_differentiable
 
-from .base import average_dtype, lr_of, shrink_
+from .base import average_dtype, closure_loss, lr_of, shrink_
 from .optimizer import ScaledOptimizer, check_sgd_sai, gather, step_gathered
 
 # %% ../nbs/07_muon.ipynb #96e298bb
@@ -142,9 +142,7 @@ class MuonSaI(ScaledOptimizer):
         closure:Callable|None=None, # evaluates the model and returns the loss; called once
     ): # the closure's loss, or None
         "One step. Parameters without a gradient are left alone."
-        loss = None
-        if closure is not None:
-            with torch.enable_grad(): loss = closure()
+        loss = closure_loss(closure)
         found = gather(self)
         step_gathered(self, [(group, members) for group, members in found if not group['muon']])     # first: this may raise before anything changes
         for group, members in found:

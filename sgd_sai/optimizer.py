@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _use_grad_for_differentiable
 
-from .base import BaseOptimizer, average_dtype, check_lr, check_range, lr_of, shrink_
+from .base import BaseOptimizer, average_dtype, check_lr, check_range, closure_loss, lr_of, shrink_
 from .gsnr import gsnr, gsnr_values
 from .low_bits import decoded, start_momentum, step_in_few_bits
 from .pieces import PIECE, SMALL, WIDE, in_float32, pieces, plain, real, same_layout
@@ -412,9 +412,7 @@ class SGDSaI(ScaledOptimizer):
         closure:Callable|None=None, # evaluates the model and returns the loss; called once
     ): # the closure's loss, or None
         "One step. Parameters without a gradient are left alone; those that start in this step are measured first."
-        loss = None
-        if closure is not None:
-            with torch.enable_grad(): loss = closure()
+        loss = closure_loss(closure)
         step_gathered(self, gather(self))
         return loss
 
@@ -432,8 +430,6 @@ class SGD_sai(SGDSaI):
         closure:Callable|None=None, # evaluates the model and returns the loss; without it the present gradients are used
     ): # the closure's loss, or None
         "Measure the scales now, without a step. Never needed: `step` does it by itself."
-        loss = None
-        if closure is not None:
-            with torch.enable_grad(): loss = closure()
+        loss = closure_loss(closure)
         start(self)
         return loss

@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import torchvision
@@ -119,7 +120,8 @@ def test_failed_run_is_one_line_and_the_others_are_trained(tmp_path, monkeypatch
     assert len(frame) == 4 and frame.final.notna().all()
 
 
-def test_killed_sweep_goes_on_with_workers(tmp_path):
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_killed_sweep_takes_its_workers_along_and_goes_on(tmp_path, how):
     file = tmp_path / "small.yaml"
     file.write_text(json.dumps({**SMALL, "seeds": 2, "steps": 12}))
     command = [sys.executable, "-m", "sgd_sai", "sweep", str(file), "--out", str(tmp_path), "--workers", "2", "--device", "cpu"]
@@ -127,8 +129,10 @@ def test_killed_sweep_goes_on_with_workers(tmp_path):
     deadline = time.monotonic() + 120
     while not (done := list(tmp_path.glob("digits-vit/*.json"))) and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(how)
     process.wait()
+    assert len(workers) >= 2 and not psutil.wait_procs(workers, timeout=10)[1]
     finished = {p.name: p.stat().st_mtime_ns for p in tmp_path.glob("digits-vit/*.json")}
     assert done and len(finished) < 8
     made = run_sweep(read_sweep(file), tmp_path, device="cpu")

@@ -20,13 +20,16 @@ from .train import _accelerator, _one_step, _quartiles, batches, build_optimizer
 
 # %% ../../nbs/experiments/07_cost.ipynb #19296b61
 def _own_times(opt:torch.optim.Optimizer, device:str) -> list[float]:
-    "A list to which every later step of `opt` adds the seconds that it takes."
+    "A list to which every later step of `opt` adds the seconds that it takes; a step within a step is part of that."
     seconds, begin = [], []
     def now():
         if device == 'cuda': torch.cuda.synchronize()
         return time.perf_counter()
     opt.register_step_pre_hook(lambda *_: begin.append(now()))
-    opt.register_step_post_hook(lambda *_: seconds.append(now() - begin.pop()))
+    def end(*_):
+        took = now() - begin.pop()
+        if not begin: seconds.append(took)
+    opt.register_step_post_hook(end)
     return seconds
 
 # %% ../../nbs/experiments/07_cost.ipynb #b422f32e

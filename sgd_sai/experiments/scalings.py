@@ -12,6 +12,7 @@ from typing import Callable
 import torch
 from torch import Tensor
 
+from ..base import closure_loss
 from ..gsnr import gsnr
 
 # %% ../../nbs/experiments/16_scaling_rules.ipynb #fa620efd
@@ -78,9 +79,7 @@ class ScaledSGDM(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure:Callable|None=None):
         "One step; a parameter whose scale is not known yet only decays."
-        loss = None
-        if closure is not None:
-            with torch.enable_grad(): loss = closure()
+        loss = closure_loss(closure)
         for group in self.param_groups:
             rule, always = RULES[group['rule']]
             for p in group['params']:

@@ -7,7 +7,7 @@ __all__ = ['LR_RULES', 'Sweep', 'read_sweep', 'cost', 'expand', 'best_settings',
            'repeat_run', 'recorded_runs', 'sweep_frame', 'best_table']
 
 # %% ../../nbs/experiments/06_sweep.ipynb #3b6f875a
-import itertools, json, math, multiprocessing, signal, statistics, time
+import itertools, json, math, multiprocessing, os, signal, statistics, threading, time
 from collections import deque
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, fields
@@ -157,8 +157,13 @@ def _attempt(task:Task, data:Data, folder, device:str|None, spec:RunSpec) -> str
     except Exception as e: return ' '.join(f'{type(e).__name__}: {e}'.split())[:300]
     return ''
 
+def _end_with_parent():
+    "End this process when the one that started it ends, in whatever way, even in the middle of a run."
+    threading.Thread(target=lambda: (wait([multiprocessing.parent_process().sentinel]), os._exit(1)), daemon=True).start()
+
 def _work(pipe, name:str, data_dir, folder, device:str|None):
     "The life of a worker: trains what comes through the pipe, until the other end is gone."
+    _end_with_parent()
     torch.set_num_threads(1)
     task = get_task(name)
     data = task.load(data_dir)
@@ -289,8 +294,8 @@ def recorded_runs(
     runs = {run['key']: run for run in load_runs(folder, sweep.task)}
     prints = dict.fromkeys(run['data'] for run in runs.values()) or ['']
     specs = expand(sweep, Data(range(items), range(0), {}, list(prints)[-1]), folder)
-    missing = [spec for spec in specs if spec.key not in runs]
-    if missing: raise FileNotFoundError(f'{len(missing)} of {len(specs)} runs of {path} are not in {folder}: sgd-sai sweep {path} --out {folder}')
+    missing, place = [spec for spec in specs if spec.key not in runs], f'{Path(path).parent.name}/{Path(path).name}'
+    if missing: raise FileNotFoundError(f'{len(missing)} of {len(specs)} runs of {place} are missing; train them with: sgd-sai sweep {place} --out {Path(folder).name}')
     return [runs[spec.key] for spec in specs]
 
 # %% ../../nbs/experiments/06_sweep.ipynb #eb2ebb22
