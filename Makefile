@@ -35,6 +35,7 @@ export: $(VENV)/.dev ## write sgd_sai/ and README.md from the notebooks, and cle
 	$(bin)/nbdev_export
 	$(bin)/nbdev_clean
 	$(py) .ci/readme.py
+	$(py) .ci/colab.py
 
 check: $(VENV)/.dev ## fail if `make export` would change anything
 	$(py) .ci/check.py

@@ -38,6 +38,7 @@ def main():
             run("-c", "from nbdev.doclinks import nbdev_export; nbdev_export.__wrapped__()", cwd=copy)
             run("-c", "from nbdev.clean import nbdev_clean; nbdev_clean.__wrapped__()", cwd=copy)
             run(".ci/readme.py", cwd=copy)
+            run(".ci/colab.py", cwd=copy)
         except subprocess.CalledProcessError:
             raise SystemExit("The notebooks could not be exported; the message stands above.") from None
 

@@ -10,7 +10,8 @@ from typer.testing import CliRunner
 
 from sgd_sai.experiments.cli import app
 from sgd_sai.experiments.registry import get_task
-from sgd_sai.experiments.reporting import at_edge, difference, grid_of, phases, plot_grids, plot_ranking, ranking, report_notebooks, repository, tolerance, verdict
+from sgd_sai.experiments.reporting import (Experiment, at_edge, at_measured_cost, difference, difference_frame, experiment, extra_frame, grid_of, phases, plot_curves, plot_grids,
+                                           plot_ranking, ranking, report_notebooks, repository, tolerance, verdict)
 from sgd_sai.experiments.runs import load_runs, run_path, spec_of
 from sgd_sai.experiments.sweep import read_sweep, run_sweep
 
@@ -119,3 +120,30 @@ def test_grids_count_the_cells_near_the_best():
     row = tolerance(task, runs).loc["SGD-SaI"]
     assert (row["cells"], row["diverged"], row["near"], row["best"]) == (4, 1, 0.5, 0.9)
     assert len(plot_grids(task, runs).axes) == 5                                # one panel and four empty ones
+
+
+def test_an_experiment_finds_its_grid_and_its_costs(site, tmp_path):
+    root = tmp_path / "site"
+    shutil.copytree(site, root)
+    (root / "sweeps/best.yaml").write_text("task: digits-vit\noptimizers: [sgd_sai, adamw]\nseeds: 2\nsteps: 6\nbest_of: tiny.yaml\n")
+    found = experiment("best", root)
+    assert found.costs is None and len(found.runs) == 4 and found.setting() == "6 steps, 2 seeds; tuned with 6 steps and 2 seeds"
+    assert list(found.ranking().cells) == [1, 1] and len(plot_curves(found).axes) == 2       # no time without a measurement
+    (root / "results/costs").mkdir()
+    (root / "results/costs/digits-vit.json").write_text(json.dumps({"optimizers": {"adamw": {"ms": {"median": 500.0}, "ratio": {"median": 2.0}}}}))
+    found = experiment("best", root)
+    assert found.ranking().loc["AdamW", "run s"] == pytest.approx(3.0) and math.isnan(found.ranking().loc["SGD-SaI", "run s"])
+    timed = at_measured_cost(found.runs, found.costs)
+    assert {run["optimizer"] for run in timed} == {"adamw"} and timed[0]["history"][-1]["seconds"] == pytest.approx(3.0)
+    assert found.runs[0]["history"][-1]["seconds"] != timed[0]["history"][-1]["seconds"] and len(plot_curves(found).axes) == 4
+
+
+def test_differences_and_extras_are_tables_over_tasks_and_seeds():
+    digits, text = get_task("digits-vit"), get_task("shakespeare-gpt")
+    runs = fabricated("sgd_sai", [0.50, 0.70]) + fabricated("adamw", [0.80, 0.90]) + fabricated("adan", [0.1], status="diverged")
+    losses = [run | {"final": {"val_loss": run["final"]["accuracy"]}} for run in runs]
+    frame = difference_frame([Experiment("a", digits, runs, runs, None), Experiment("b", text, losses, losses, None)], "adamw", "sgd_sai")
+    assert frame.loc["a", "unit"] == "points" and frame.loc["a", "mean"] == pytest.approx(25) and frame.loc["a", "verdict"] == "better" and frame.loc["a", "better"] == "2 of 2"
+    assert frame.loc["b", "unit"] == "nats" and frame.loc["b", "mean"] == pytest.approx(-0.25) and frame.loc["b", "verdict"] == "worse"
+    extras = extra_frame([run | {"extra": {"bleu": 1.0 + run["seed"]}} for run in runs], ["bleu"])
+    assert list(extras.index) == ["SGD-SaI", "AdamW"] and extras.loc["AdamW", ("bleu", "mean")] == 1.5

@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 import sgd_sai.speed as speed
 from sgd_sai.adahessian import adahessian_reference
 from sgd_sai.experiments.cli import app
-from sgd_sai.experiments.cost import cost_task, step_costs
+from sgd_sai.experiments.cost import _own_times, cost_task, step_costs
+from sgd_sai.experiments.train import MuonAdamW
 from sgd_sai.speed import CONTESTANTS, Contestant, bandwidth, busy_cores, choose, measure_busy, measure_series, measure_speed, prepared
 from sgd_sai.speed import quartiles, race, random_parameters, speed_notes, speed_path, speed_table, speed_targets, take_turns
 
@@ -320,6 +321,16 @@ def test_share_of_the_optimizer_is_part_of_the_step():
     task = cost_task("digits-vit")
     cost = step_costs(task, task.load(), ["sgdm", "adan"], rounds=3, device="cpu")["optimizers"]
     assert all(0 < c["optimizer_ms"]["median"] < c["ms"]["median"] for c in cost.values())
+
+
+def test_a_step_within_a_step_is_counted_once():
+    model = torch.nn.Sequential(*(torch.nn.Linear(8, 8) for _ in range(4)))
+    opt = MuonAdamW(model)                                                      # whose step calls that of AdamW
+    seconds = _own_times(opt, "cpu")
+    for _ in range(3):
+        model(torch.ones(2, 8)).sum().backward()
+        opt.step()
+    assert len(seconds) == 3 and min(seconds) > 0
 
 
 def test_gpt2_small_is_timed_and_no_task():

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .tasks import Data, Task, TextWindows, build_gpt2, data_folder, digest, fetch_file, predict_next
+from .tasks import Data, Task, TextWindows, build_gpt2, data_folder, digest, fetch_file, predict_next, split_text
 
 # %% ../../nbs/experiments/00b_language.ipynb #2922578a
 def hub_model(
@@ -80,8 +80,7 @@ def load_kjv(folder=None, block:int=64) -> Data:
     text = read_book(fetch_file(data_folder(folder), **KJV))
     tokens = torch.tensor(gpt2_tokenizer(folder).encode(text).ids)
     known, tokens = torch.unique(tokens, return_inverse=True)
-    n = int(0.9 * len(tokens))
-    return Data(TextWindows(tokens[:n], block), TextWindows(tokens[n:], block, 4*block), {'vocab_size': len(known), 'block': block}, digest(text.encode()))
+    return split_text(tokens, block, len(known), digest(text.encode()), 4*block)
 
 def build_kjv_gpt(sizes:dict) -> nn.Module:
     "GPT-2 with 4 layers, 4 heads, width 128."

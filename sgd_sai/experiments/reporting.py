@@ -119,10 +119,12 @@ def experiment(
     root=None, # of the repository; None: found
 ) -> Experiment:
     "A sweep of best cells and the one that it says tuned it. Raises as `sweep_runs` does."
+    import yaml
     root = Path(root or repository())
+    tuning = yaml.safe_load((root / 'sweeps' / f'{name}.yaml').read_text(encoding='utf-8'))['best_of'].removesuffix('.yaml')
     task, runs = sweep_runs(name, root)
     path = cost_path(root / 'results', task.name)
-    return Experiment(name, task, runs, sweep_runs(Path(read_sweep(root / 'sweeps' / f'{name}.yaml').best_of).stem, root)[1], json.loads(path.read_text()) if path.exists() else None)
+    return Experiment(name, task, runs, sweep_runs(tuning, root)[1], json.loads(path.read_text()) if path.exists() else None)
 
 def difference_frame(
     experiments:list[Experiment],

@@ -219,10 +219,11 @@ def split_text(
     block:int, # window length
     vocab_size:int,
     fingerprint:str, # digest of the raw text
+    stride:int|None=None, # distance between validation windows; None: block, so that every token is predicted once
 ) -> Data: # the first nine tenths to train, the rest to validate
     "A text as training and validation windows."
     n = int(0.9 * len(tokens))
-    return Data(TextWindows(tokens[:n], block), TextWindows(tokens[n:], block, block), {'vocab_size': vocab_size, 'block': block}, fingerprint)
+    return Data(TextWindows(tokens[:n], block), TextWindows(tokens[n:], block, stride or block), {'vocab_size': vocab_size, 'block': block}, fingerprint)
 
 # %% ../../nbs/experiments/00_tasks.ipynb #27bb4ba9
 def build_gpt2(
