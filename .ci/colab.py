@@ -10,8 +10,8 @@ def cells(settings, path):
     "The sources of the two cells, with the repository that settings.ini names."
     place = f"{settings['user']}/{settings['repo']}/blob/{settings['branch']}/{path.relative_to(ROOT).as_posix()}"
     badge = f"[![Open in Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/{place})"
-    install = ["#| hide\n", "import sys\n", "if 'google.colab' in sys.modules: # everything that the page needs\n",
-               f'    %pip install -q "{settings["lib_name"]}[experiments] @ git+{settings["git_url"]}"']  # fmt: skip
+    install = ["#| hide\n", "import sys\n", "if 'google.colab' in sys.modules: # the repository with its run files, and everything that the page needs\n",
+               f"    !git clone -q --depth 1 {settings['git_url']}\n", f"    %cd -q {settings['repo']}/nbs/tutorials\n", "    %pip install -q '../..[experiments]'"]  # fmt: skip
     return [badge], install
 
 
