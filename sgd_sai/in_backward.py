@@ -52,7 +52,7 @@ class StepInBackward(GradientHooks):
     The loop stays as it is: `optimizer.step()` steps whatever still has a gradient, usually nothing. With `max_norm` call `backward(loss)` in place of `loss.backward()`. Raises
     `TypeError` for other optimizers, `RuntimeError` for settings that look at several tensors at once, and when several processes train together."""
     def __init__(self,
-        optimizer:SGDSaI,
+        optimizer:SGDSaI, # it steps; do not call its `step`
         max_norm:float|None=None, # clip at this global norm of all gradients, as torch.nn.utils.clip_grad_norm_ does; None: no clipping
     ):
         check_in_backward(optimizer)

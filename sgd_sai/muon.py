@@ -103,12 +103,16 @@ class MuonSaI(ScaledOptimizer):
         sai_lr:float|Tensor|None=None, # of the rest, as in SGDSaI; None: 1.5 * lr
         weight_decay:float=1e-2, # decoupled; given a model, tensors of fewer than two dimensions have none
         *,
-        momentum:float=0.95, sai_momentum:float=0.9, # of the matrices and of the rest, in [0, 1)
+        momentum:float=0.95, # of the matrices, in [0, 1)
+        sai_momentum:float=0.9, # of the rest, in [0, 1)
         nesterov:bool=True, # of the matrices
         matrices:Callable|None=None, # given a model: (name, parameter) -> bool, instead of the rule of hidden_matrices
-        scale:str|Callable='gsnr', eps:float=1e-8, max_ratio:float|None=10.0, # of the rest, as in SGDSaI
+        scale:str|Callable='gsnr', # of the rest, as in SGDSaI
+        eps:float=1e-8, # of the rest, as in SGDSaI
+        max_ratio:float|None=10.0, # of the rest, as in SGDSaI
         maximize:bool=False, # go uphill
-        foreach:bool|None=None, fused:bool|None=None, # of the rest, as in SGDSaI
+        foreach:bool|None=None, # of the rest, as in SGDSaI
+        fused:bool|None=None, # of the rest, as in SGDSaI
     ):
         if isinstance(params, nn.Module): params = sorted_groups(params, matrices)
         else: params = list(params)

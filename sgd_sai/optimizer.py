@@ -394,7 +394,8 @@ class SGDSaI(ScaledOptimizer):
         normalize:bool=False, # divide every G by the largest one, as the paper's Algorithm 1 does; lr must grow by that factor
         nesterov:bool=False, # step along momentum*m + (1-momentum)*g
         maximize:bool=False, # go uphill
-        foreach:bool|None=None, fused:bool|None=None, # implementation; both None: the fastest that the tensors allow
+        foreach:bool|None=None, # a few kernels for all tensors; both None: the fastest that the tensors allow
+        fused:bool|None=None, # one kernel per tensor, PyTorch's of fused SGD
         capturable:bool=False, # keep G on the device, so that steps can be captured in a CUDA graph
         differentiable:bool=False, # let autograd run through the step; G counts as a constant
         state_dtype:torch.dtype|None=None, # of the momentum: torch.bfloat16, or torch.int8 (eight bits in blocks of 256); None: that of the parameter
@@ -421,7 +422,10 @@ class SGD_sai(SGDSaI):
     "`SGDSaI` with the positional order and the `warmup_step` of the authors' package `sgd-sai`; loads its checkpoints."
     def __init__(self,
         params, # as in SGDSaI
-        lr:float=1e-2, momentum:float=0.9, eps:float=1e-8, weight_decay:float=1e-2, # as in SGDSaI, in the authors' order
+        lr:float=1e-2, # as in SGDSaI; all in the authors' order
+        momentum:float=0.9, # as in SGDSaI
+        eps:float=1e-8, # as in SGDSaI
+        weight_decay:float=1e-2, # as in SGDSaI
     ):
         super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay, eps=eps)
 

@@ -108,7 +108,9 @@ class Experiment(NamedTuple):
     tuned: list[dict]    # of the grid that they were chosen from
     costs: dict|None     # a record of experiments.cost
 
-    def ranking(self): return ranking(self.task, self.runs, self.tuned, self.costs)
+    def ranking(self):
+        "The table of `ranking`."
+        return ranking(self.task, self.runs, self.tuned, self.costs)
     def setting(self) -> str:
         "Steps and seeds, in words."
         seeds = [len({run['seed'] for run in runs}) for runs in (self.runs, self.tuned)]

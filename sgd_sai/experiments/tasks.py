@@ -63,7 +63,9 @@ class Task:
     loader_workers: int = 0 # processes that prepare batches; for data that are decoded or varied at some cost
 
     @property
-    def higher_is_better(self) -> bool: return self.metric == 'accuracy'
+    def higher_is_better(self) -> bool:
+        "Of the metric: so it is for accuracy, not for a loss."
+        return self.metric == 'accuracy'
 
 # %% ../../nbs/experiments/00_tasks.ipynb #f8dea109
 def data_folder(
