@@ -3,6 +3,7 @@
 nbdev's own command would also write README.md, by Quarto, and so differently on each machine; here the parts are called that concern the site.
 """
 import argparse
+import html
 import json
 import os
 import re
@@ -44,6 +45,22 @@ def without_output_file(text):
     return json.dumps(nb)
 
 
+def with_mathml(page):
+    """A page with its formulas as MathML, as Quarto writes them (`html-math-method: mathml`): browsers draw that without a script from elsewhere.
+
+    smalldocs leaves formulas as LaTeX, for KaTeX to draw in the browser. A formula that cannot be converted stops the build."""
+    from latex2mathml.converter import convert
+
+    def formula(m):
+        return f'<span class="math {m[1]}">{convert(html.unescape(m[2]), display="block" if m[1] == "display" else "inline")}</span>'
+
+    text = page.read_text(encoding="utf-8")
+    new = re.sub(r'<span class="math (inline|display)">\\[(\[](.*?)\\[)\]]</span>', formula, text, flags=re.DOTALL)
+    new = re.sub(r'<(?:script|link)[^>]*katex[^>]*>(?:</script>)?\n?', "", new)
+    if new != text:
+        page.write_text(new, encoding="utf-8")
+
+
 def commands(builder):
     "What to run in _proc/."
     if builder == "quarto":
@@ -65,6 +82,9 @@ def main():
         code = subprocess.run(command, cwd=proc).returncode
         if code:
             raise SystemExit(f"{builder} could not build the site (exit code {code}); its messages stand above.")
+    if builder == "smalldocs":
+        for page in (proc / "_docs").rglob("*.html"):
+            with_mathml(page)
     shutil.rmtree(ROOT / "_docs", ignore_errors=True)
     shutil.move(proc / "_docs", ROOT / "_docs")
     print(f"The site, built with {builder}: {os.path.relpath(ROOT / '_docs' / 'index.html')}")

@@ -141,3 +141,6 @@ def test_site_builds(files, tmp_path):
     pages = list((tmp_path / "_docs").rglob("*.html"))
     assert len(pages) >= len([p for p in files if p.suffix == ".ipynb" and NBS in p.parents])
     assert (tmp_path / "_docs" / "llms.txt").exists()
+    texts = {p.relative_to(tmp_path).as_posix(): p.read_text(encoding="utf-8") for p in pages}
+    assert [name for name, text in texts.items() if re.search(r'<span class="math \w+">\\\\', text) or "katex" in text] == []  # formulas need no script from elsewhere
+    assert sum(text.count("<math") for text in texts.values()) > 300
