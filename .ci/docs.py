@@ -32,7 +32,17 @@ def process(builder):
         text = page.read_text(encoding="utf-8")
         text = re.sub(r"\{\{<\s*var\s+(\w+)\s*>\}\}", lambda m: str(cfg[m[1]]), text)
         page.write_text(text if builder == "quarto" else without_output_file(text), encoding="utf-8")
+    if builder == "smalldocs":
+        without_math_method(proc)
     return proc
+
+
+def without_math_method(proc):
+    "smalldocs does not know how Quarto is told to write formulas, and complains about it; `with_mathml` does the same afterwards."
+    own = proc / "_quarto.yml"
+    settings = [line for line in (ROOT / "_quarto.yml").read_text(encoding="utf-8").splitlines(True) if "html-math-method" not in line]
+    (proc / "site.yml").write_text("".join(settings), encoding="utf-8")
+    own.write_text(own.read_text(encoding="utf-8").replace("../_quarto.yml", "site.yml"), encoding="utf-8")
 
 
 def without_output_file(text):

@@ -1,6 +1,5 @@
 "Facts about the repository as a whole: what is generated agrees with what it is generated from, and every notebook can be found on the site."
 import re
-import shutil
 import subprocess
 import sys
 from configparser import ConfigParser
@@ -125,22 +124,3 @@ def test_extras_are_complete(settings):
 def test_no_large_files(files):
     large = {p.relative_to(ROOT).as_posix(): p.stat().st_size for p in files if p.stat().st_size > 2 * 1024**2}
     assert large == {}
-
-
-@pytest.mark.site
-@pytest.mark.skipif(sys.version_info < (3, 11), reason="smalldocs needs Python 3.11")
-def test_site_builds(files, tmp_path):
-    for path in files:
-        copy = tmp_path / path.relative_to(ROOT)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(path, copy)
-    done = subprocess.run(
-        [sys.executable, ".ci/docs.py", "--builder", "smalldocs"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-    assert done.returncode == 0, done.stdout
-    pages = list((tmp_path / "_docs").rglob("*.html"))
-    assert len(pages) >= len([p for p in files if p.suffix == ".ipynb" and NBS in p.parents])
-    assert (tmp_path / "_docs" / "llms.txt").exists()
-    texts = {p.relative_to(tmp_path).as_posix(): p.read_text(encoding="utf-8") for p in pages}
-    assert [name for name, text in texts.items() if re.search(r'<span class="math \w+">\\\\', text) or "katex" in text] == []  # formulas need no script from elsewhere
-    assert sum(text.count("<math") for text in texts.values()) > 300
