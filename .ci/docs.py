@@ -32,6 +32,7 @@ def process(builder):
         text = page.read_text(encoding="utf-8")
         text = re.sub(r"\{\{<\s*var\s+(\w+)\s*>\}\}", lambda m: str(cfg[m[1]]), text)
         page.write_text(text if builder == "quarto" else without_output_file(text), encoding="utf-8")
+    (proc / "changelog.md").write_text((ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), encoding="utf-8")
     if builder == "smalldocs":
         without_math_method(proc)
     return proc
