@@ -147,3 +147,20 @@ def test_differences_and_extras_are_tables_over_tasks_and_seeds():
     assert frame.loc["b", "unit"] == "nats" and frame.loc["b", "mean"] == pytest.approx(-0.25) and frame.loc["b", "verdict"] == "worse"
     extras = extra_frame([run | {"extra": {"bleu": 1.0 + run["seed"]}} for run in runs], ["bleu"])
     assert list(extras.index) == ["SGD-SaI", "AdamW"] and extras.loc["AdamW", ("bleu", "mean")] == 1.5
+
+
+def test_a_claim_is_held_against_every_task(monkeypatch):
+    "It holds when it is worse on none, in part when it is on some; differences are read in the unit of the task."
+    from sgd_sai.experiments import claims
+
+    digits, gpt, ddpm = map(get_task, ("digits-vit", "shakespeare-gpt", "fashion-ddpm"))
+    loss = lambda optimizer, values: [run | {"final": {"val_loss": v}, "task": "x"} for run, v in zip(fabricated(optimizer, values), values)]
+    sweeps = {"up": (digits, fabricated("sgd_sai", [0.95, 0.96, 0.97]) + fabricated("adamw", [0.90, 0.91, 0.92])), "even": (digits, fabricated("sgd_sai", [0.901, 0.912, 0.921]) + fabricated("adamw", [0.90, 0.91, 0.92])),
+              "down": (gpt, loss("sgd_sai", [1.9, 1.91, 1.92]) + loss("adamw", [1.8, 1.81, 1.82])), "small": (ddpm, loss("sgd_sai", [0.1, 0.1, 0.1]) + loss("adamw", [0.095, 0.096, 0.095]))}  # fmt: skip
+    monkeypatch.setattr(claims, "sweep_runs", sweeps.get)
+    assert claims.compared("up", "sgd_sai", "adamw") == ("+5.00 ± 0.00 points (digits-vit, 3 seeds)", "better")
+    assert claims.compared("even", "sgd_sai", "adamw")[1] == "even"
+    assert claims.compared("down", "sgd_sai", "adamw") == ("-0.100 ± 0.000 nats (shakespeare-gpt, 3 seeds)", "worse")
+    assert claims.compared("small", "sgd_sai", "adamw") == ("-0.0047 ± 0.0006 squared error (fashion-ddpm, 3 seeds)", "worse")
+    said = lambda *names: claims.at_least_even(names, "sgd_sai", "adamw")[1]
+    assert (said("up", "even"), said("up", "down"), said("down", "small")) == (claims.HOLDS, claims.PART, claims.NOT)

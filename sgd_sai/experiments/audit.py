@@ -476,7 +476,7 @@ def control_sentence(
     row, # a line of control_frame
 ) -> str:
     "What a line says, in words; every number in it is computed."
-    unit, scale, digits = (' points', 100, 2) if row['metric'] == 'accuracy' else (' nats', 1, 4)
+    unit, scale, digits = (' points', 100, 2) if row['metric'] == 'accuracy' else (' in loss', 1, 4)
     show = lambda x, sign='': f'{scale * x:{sign}.{digits}f}'
     zero = 'which contains 0' if row['low'] <= 0 <= row['high'] else 'which does not contain 0'
     size = 'smaller than' if abs(row['difference']) < row['std over seeds'] else 'larger than'
@@ -498,7 +498,7 @@ def plot_control(
             for i, seed in enumerate(pairing.runs['sgd_sai']): ax.plot(curves.step, scale * curves[f'gap_{seed}'], color=ACCENT, alpha=0.35, linewidth=1, label='one seed' if i == 0 else None)
             ax.plot(curves.step, scale * curves.gap, color=ACCENT, linewidth=2, label='mean')
             ax.axhline(0, color=INK, linewidth=0.8)
-            ax.set(title=pairing.task, xlabel='step', ylabel='control minus SGD-SaI\n' + ('(points of accuracy)' if scale == 100 else '(validation loss, nats)'))
+            ax.set(title=pairing.task, xlabel='step', ylabel='control minus SGD-SaI\n' + ('(points of accuracy)' if scale == 100 else '(validation loss)'))
         axes[0].legend(fontsize=8)
         plt.close(fig)
     return fig
@@ -520,6 +520,6 @@ def plot_pairs(
             low, high = min(map(min, values)), max(map(max, values))
             ax.plot([low, high], [low, high], color=INK, linewidth=0.8)
             ax.scatter(*zip(*values), s=18, color=ACCENT, alpha=0.6, linewidths=0)
-            ax.set(title=task, xlabel='with G' + (' (accuracy, %)' if scale == 100 else ' (loss, nats)'), ylabel='with √n')
+            ax.set(title=task, xlabel='with G' + (' (accuracy, %)' if scale == 100 else ' (loss)'), ylabel='with √n')
         plt.close(fig)
     return fig

@@ -163,5 +163,5 @@ def compare(
     frame = summary_frame(task, runs)
     csv, figure = (Path(folder) / f'compare-{task.name}.{ending}' for ending in ('csv', 'png'))
     frame.to_csv(csv, index=False)
-    plot_comparison(runs, task.metric, task.title, figure)
+    plot_comparison(runs, task.metric, task.title, figure, loss_unit=task.loss_unit.name)
     return {'runs': runs, 'frame': frame, 'csv': csv, 'figure': figure}

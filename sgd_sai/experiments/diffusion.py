@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from .tasks import FASHION, Data, Task, data_folder, digest, torchvision_set
+from .tasks import FASHION, SQUARED_ERROR, Data, Task, data_folder, digest, torchvision_set
 
 # %% ../../nbs/experiments/00d_diffusion.ipynb #2ec773b2
 SCHEDULE = dict(num_train_timesteps=1000, beta_schedule='squaredcos_cap_v2') # cosine schedule of Nichol and Dhariwal (2021)
@@ -217,12 +217,12 @@ def build_lora_denoiser(
 _SAI, _LORA_SAI = dict(lr=0.03, weight_decay=0.001), dict(lr=0.3, weight_decay=0.0)
 DIFFUSION_TASKS = [
     Task('fashion-ddpm', 'a diffusion model of 0.4 M parameters on Fashion-MNIST at 16x16', 'download, 31 MB', 'MIT', 1.5,
-         load_fashion_ddpm, build_denoiser, predict_noise, 'val_loss', steps=600, batch_size=32, warmup=30, eval_every=120, clip=1.0, extra=judge_samples,
+         load_fashion_ddpm, build_denoiser, predict_noise, 'val_loss', steps=600, batch_size=32, warmup=30, eval_every=120, clip=1.0, extra=judge_samples, loss_unit=SQUARED_ERROR,
          settings={'sgd_sai': _SAI, 'sgd_sai_sqrtn': _SAI, 'sgdm': dict(lr=0.3, weight_decay=0.0001), 'adamw': dict(lr=0.005, weight_decay=0.01),
                    'adan': dict(lr=0.01, weight_decay=0.02), 'adahessian': dict(lr=0.15, weight_decay=0.0005, block_size=32), 'adam_mini': dict(lr=0.005, weight_decay=0.01),
                    'po:Lion': dict(lr=0.0005, weight_decay=0.04), 'muon_adamw': dict(lr=0.01, weight_decay=0.01), 'muon_sai': dict(lr=0.01, weight_decay=0.01)}),
     Task('fashion-ddpm-lora', 'the same model of clothes, adapted to shoes with LoRA', 'download, 31 MB; base trained here', 'MIT', 0.8,
-         load_fashion_lora, build_lora_denoiser, predict_noise, 'val_loss', steps=300, batch_size=32, warmup=15, eval_every=60, clip=1.0, extra=judge_samples,
+         load_fashion_lora, build_lora_denoiser, predict_noise, 'val_loss', steps=300, batch_size=32, warmup=15, eval_every=60, clip=1.0, extra=judge_samples, loss_unit=SQUARED_ERROR,
          settings={'sgd_sai': _LORA_SAI, 'sgd_sai_sqrtn': _LORA_SAI, 'sgdm': dict(lr=1.0, weight_decay=0.0), 'adamw': dict(lr=0.01, weight_decay=0.0),
                    'adan': dict(lr=0.05, weight_decay=0.0), 'adahessian': dict(lr=0.15, weight_decay=0.0, block_size=32), 'adam_mini': dict(lr=0.01, weight_decay=0.0),
                    'po:Lion': dict(lr=0.001, weight_decay=0.0), 'muon_adamw': dict(lr=0.01, weight_decay=0.0), 'muon_sai': dict(lr=0.01, weight_decay=0.0)})]

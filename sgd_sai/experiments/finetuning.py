@@ -97,7 +97,7 @@ def add_lora(
 ) -> nn.Module: # a peft model; only A and B are trainable
     "Freeze a language model and put LoRA beside some of its layers, without dropout."
     from peft import LoraConfig, get_peft_model
-    return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0, fan_in_fan_out=conv1d, task_type='CAUSAL_LM'))
+    with quietly(): return get_peft_model(model, LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, lora_dropout=0.0, fan_in_fan_out=conv1d, task_type='CAUSAL_LM'))
 
 # %% ../../nbs/experiments/00c_finetuning.ipynb #931147dd
 @torch.no_grad()

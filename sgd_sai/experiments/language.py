@@ -40,12 +40,16 @@ def hub_model(
 
 @contextmanager
 def quietly():
-    "Keep transformers from showing progress bars and advice meanwhile."
+    "Keep transformers from showing progress bars, advice and what will be deprecated meanwhile."
+    import warnings
     from transformers.utils import logging
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    try: yield
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore', FutureWarning)
+            yield
     finally:
         logging.set_verbosity(level)
         if bars: logging.enable_progress_bar()

@@ -11,7 +11,7 @@ from pathlib import Path
 from .runs import history_frame
 from ..style import figure_style, optimizer_style
 
-METRIC_LABELS = {'val_loss': 'validation loss (nats)', 'train_loss': 'training loss (nats)', 'accuracy': 'validation accuracy'}
+METRIC_LABELS = {'val_loss': 'validation loss', 'train_loss': 'training loss', 'accuracy': 'validation accuracy'}
 
 # %% ../../nbs/experiments/03_plots.ipynb #33e32c02
 def _curve(ax, frame, x:str, y:str, label:str, color:str, line):
@@ -34,6 +34,7 @@ def plot_comparison(
     title:str='', # above the figure
     path=None, # where to save it as a PNG; None: nowhere
     against=('step', 'seconds'), # what the columns of the figure have on their x axis
+    loss_unit:str='nats', # of losses
 ): # the matplotlib figure
     "Loss and metric of several optimizers against steps and against training time. Raises `ValueError` without runs."
     if not runs: raise ValueError('no runs to draw')
@@ -51,7 +52,7 @@ def plot_comparison(
                 for name in names:
                     label, color, line = optimizer_style(name, spare.index(name) if name in spare else 0)
                     _curve(ax, frame[frame.optimizer == name], x, y, label, color, line)
-                ax.set(xlabel=units[x], ylabel=METRIC_LABELS[y] if ax is row[0] else '', ylim=_limits(frame, y))
+                ax.set(xlabel=units[x], ylabel=METRIC_LABELS[y] + f' ({loss_unit})' * y.endswith('loss') if ax is row[0] else '', ylim=_limits(frame, y))
         axes[0, -1].legend()
         if title: fig.suptitle(title, x=0.01, ha='left', fontweight='bold')
         if path: fig.savefig(Path(path))

@@ -132,13 +132,13 @@ def difference_frame(
     experiments:list[Experiment],
     first:str, second:str, # registry names
 ): # DataFrame: a line per experiment
-    "`difference` and `verdict` on several tasks: in points of accuracy, where less than 0.3 count as even, or in nats, where less than 0.01 do."
+    "`difference` and `verdict` on several tasks, in the unit of each: less than 0.3 points of accuracy, 0.01 nats or a squared error of 0.001 count as even."
     import pandas as pd
     rows = []
     for name, task, runs, *_ in experiments:
-        gap, scale = difference(task, runs, first, second), 100 if task.metric == 'accuracy' else 1
-        rows.append(dict(task=name, unit='points' if scale == 100 else 'nats', mean=round(scale*gap['mean'], 3), std=round(scale*gap['std'], 3), better=f"{gap['better']} of {gap['seeds']}",
-                         verdict=verdict(gap, 0.003 if scale == 100 else 0.01)))
+        gap, unit = difference(task, runs, first, second), task.unit
+        rows.append(dict(task=name, unit=unit.name, mean=round(unit.scale*gap['mean'], unit.digits + 1), std=round(unit.scale*gap['std'], unit.digits + 1), better=f"{gap['better']} of {gap['seeds']}",
+                         verdict=verdict(gap, unit.close)))
     return pd.DataFrame(rows).set_index('task')
 
 # %% ../../nbs/experiments/15_reporting.ipynb #2ec9ef4f
@@ -173,7 +173,7 @@ def plot_ranking(
                 values = [scale * v for v in _finals(task, runs, run['optimizer']).values()]
                 ax.plot(values, [y] * len(values), 'o', color=color, alpha=0.5, markersize=4)
                 if values: ax.plot([statistics.fmean(values)] * 2, [y - 0.3, y + 0.3], color=color, linewidth=2.5)
-            ax.set(yticks=range(len(frame)), yticklabels=reversed(frame.index), title=task.name, xlabel='accuracy (%)' if scale == 100 else 'validation loss (nats)')
+            ax.set(yticks=range(len(frame)), yticklabels=reversed(frame.index), title=task.name, xlabel='accuracy (%)' if scale == 100 else f'validation loss ({task.unit.name})')
             if scale == 1: ax.invert_xaxis()
         plt.close(fig)
     return fig
@@ -193,8 +193,8 @@ def plot_curves(
 ): # the matplotlib figure
     "Loss and metric against steps, and against measured time where there is a measurement."
     runs = [run for run in experiment.runs if optimizers is None or run['optimizer'] in optimizers]
-    if not experiment.costs: return plot_comparison(runs, experiment.task.metric, experiment.task.title, against=('step',))
-    return plot_comparison(at_measured_cost(runs, experiment.costs), experiment.task.metric, experiment.task.title)
+    if not experiment.costs: return plot_comparison(runs, experiment.task.metric, experiment.task.title, against=('step',), loss_unit=experiment.task.loss_unit.name)
+    return plot_comparison(at_measured_cost(runs, experiment.costs), experiment.task.metric, experiment.task.title, loss_unit=experiment.task.loss_unit.name)
 
 # %% ../../nbs/experiments/15_reporting.ipynb #ddb69ca3
 def phases(
