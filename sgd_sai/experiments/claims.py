@@ -57,9 +57,9 @@ def board(claims:list[Claim]) -> str: # a table in markdown
 def _record(path): return json.loads((repository() / 'results' / path).read_text())
 
 def _ratio(path, first, second):
-    "Step time of the first over that of the second, in a record of `sgd-sai speed`."
+    "Step time of the first over that of the second, in a record of `sgd-sai speed`, where each is timed in turns with the same reference."
     found = _record(path)['optimizers']
-    return found[first]['ms']['median'] / found[second]['ms']['median']
+    return found[first]['ratio']['median'] / found[second]['ratio']['median']
 
 def _state_shares(first, second):
     "State of one optimizer over that of another, for each model of the SGD-SaI paper; and the bytes."
