@@ -88,7 +88,7 @@ def test_repeat_makes_the_same_run(site, tmp_path):
 
 
 def fabricated(optimizer, values, lr=0.01, wd=0.1, status="finished"):
-    return [dict(optimizer=optimizer, seed=seed, status=status, steps=100, hyperparameters={"lr": lr, "weight_decay": wd}, final={"accuracy": v} if v is not None else {}, parameters=10,
+    return [dict(optimizer=optimizer, seed=seed, status=status, steps=100, hyperparameters={"lr": lr, "weight_decay": wd}, final={"accuracy": v, "val_loss": 1 - v} if v is not None else {}, parameters=10,
                  state_bytes=40, history=[dict(step=s, accuracy=(v or 0) * s / 100) for s in range(0, 101, 25)]) for seed, v in enumerate(values)]
 
 
@@ -164,3 +164,19 @@ def test_a_claim_is_held_against_every_task(monkeypatch):
     assert claims.compared("small", "sgd_sai", "adamw") == ("-0.0047 ± 0.0006 squared error (fashion-ddpm, 3 seeds)", "worse")
     said = lambda *names: claims.at_least_even(names, "sgd_sai", "adamw")[1]
     assert (said("up", "even"), said("up", "down"), said("down", "small")) == (claims.HOLDS, claims.PART, claims.NOT)
+
+
+def test_of_equal_accuracies_the_lower_loss_is_the_best(tmp_path):
+    "Accuracy on few images has many ties; the first of the grid, its lowest learning rate, is not what a tie means."
+    from sgd_sai.experiments.sweep import best_settings, rank_of
+    from sgd_sai.experiments.reporting import _best_cell
+
+    (tmp_path / "tune.yaml").write_text("task: digits-vit\noptimizers: [sgdm]\nseeds: 1\nsteps: 4\ngrid:\n  sgdm: {lr: [0.01, 0.1, 1.0], weight_decay: 0.0}\n")
+    task, sweep = get_task("digits-vit"), read_sweep(tmp_path / "tune.yaml")
+    runs = run_sweep(sweep, tmp_path, device="cpu")["runs"]
+    final = {0.01: {"accuracy": 0.5, "val_loss": 2.0}, 0.1: {"accuracy": 0.5, "val_loss": 1.0}, 1.0: {"accuracy": 0.4, "val_loss": 0.5}}
+    for run in runs:
+        run["final"] = final[run["hyperparameters"]["lr"]]
+        run_path(tmp_path, spec_of(run)).write_text(json.dumps(run))
+    assert best_settings(sweep, task.load(), tmp_path)["sgdm"]["lr"] == 0.1 and _best_cell(task, runs, "sgdm") == (0.0, 0.1)
+    assert rank_of(task, runs[0] | {"status": "diverged"}) is None
