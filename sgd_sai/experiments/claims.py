@@ -85,7 +85,6 @@ def sgd_sai_training() -> list[Claim]:
               HOLDS if held == {HOLDS} else PART if HOLDS in held else NOT, '[vision](20_vision.ipynb)'),
         Claim('LoRA: better than AdamW', 'BLEU 69.9 against 68.9 (GPT-2 medium, E2E)', *at_least_even(['lora-smollm2'], 'sgd_sai', 'adamw'), '[LoRA](22_finetuning.ipynb)'),
         Claim('The released code trains LoRA', 'not said; A is frozen in it', f'what an A that moves adds: {frozen}', NOT if said == 'better' else PART, '[LoRA](22_finetuning.ipynb)'),
-        Claim('Fine-tuning of all weights as good as with AdamW', 'not in the paper', *at_least_even(['minilm-sentiment'], 'sgd_sai', 'adamw'), '[fine-tuning](22_finetuning.ipynb)'),
         Claim('Diffusion models as good as with AdamW', 'pictures of Stable Diffusion with LoRA', *at_least_even(DIFFUSION, 'sgd_sai', 'adamw'), '[diffusion](23_diffusion.ipynb)'),
         Claim('SGDM cannot train a transformer as SGD-SaI can', '63.80 % against 72.92 %', f'SGDM: {sgdm}', {HOLDS: NOT, PART: PART, NOT: HOLDS}[as_good], '[ten optimizers](18_peers.ipynb), [the baseline](19_baseline.ipynb)'),
         Claim('Llama2-7B and GPT-2 1.5B', 'state and step time, no training', '', UNTESTED),
