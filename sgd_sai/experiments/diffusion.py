@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from .tasks import FASHION, SQUARED_ERROR, Data, Task, data_folder, digest, torchvision_set
+from ..style import optimizer_style
 
 # %% ../../nbs/experiments/00d_diffusion.ipynb #2ec773b2
 SCHEDULE = dict(num_train_timesteps=1000, beta_schedule='squaredcos_cap_v2') # cosine schedule of Nichol and Dhariwal (2021)
@@ -159,7 +160,7 @@ def sample_grid(
     from PIL import Image
     fig, ax = plt.subplots(figsize=(4, 2.2))
     ax.imshow(Image.open(io.BytesIO(base64.b64decode(run['extra']['samples']))), cmap='gray_r', vmin=0, vmax=255)
-    ax.set_title(f"{run['optimizer']}, validation loss {run['final']['val_loss']:.4f}, distance {run['extra']['frechet']:.2f}", fontsize=9)
+    ax.set_title(f"{optimizer_style(run['optimizer'])[0]}, validation loss {run['final']['val_loss']:.4f}, distance {run['extra']['frechet']:.2f}", fontsize=9)
     ax.axis('off')
     return fig
 
