@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['POINTS', 'NATS', 'SQUARED_ERROR', 'FASHION', 'CIFAR10', 'SHAKESPEARE', 'DIGITS', 'FASHION_TASKS', 'CIFAR10_TASK',
            'PYDOC', 'SHAKESPEARE_TASK', 'SMALL_TASKS', 'Data', 'digest', 'Unit', 'Task', 'data_folder', 'fetch_file',
-           'load_digits', 'build_digits_vit', 'classify', 'torchvision_set', 'load_fashion', 'build_fashion_vit',
-           'build_wide_vit', 'build_small_resnet', 'build_fashion_resnet', 'Images', 'load_cifar10', 'build_resnet20',
-           'TextWindows', 'split_text', 'build_gpt2', 'predict_next', 'load_pydoc', 'build_pydoc_gpt',
-           'load_shakespeare', 'build_shakespeare_gpt', 'UsageError', 'unknown']
+           'where_present', 'load_digits', 'build_digits_vit', 'classify', 'torchvision_set', 'load_fashion',
+           'build_fashion_vit', 'build_wide_vit', 'build_small_resnet', 'build_fashion_resnet', 'Images',
+           'load_cifar10', 'build_resnet20', 'TextWindows', 'split_text', 'build_gpt2', 'predict_next', 'load_pydoc',
+           'build_pydoc_gpt', 'load_shakespeare', 'build_shakespeare_gpt', 'UsageError', 'unknown']
 
 # %% ../../nbs/experiments/00_tasks.ipynb #7a07b2b0
 import difflib, hashlib, os
 from collections import OrderedDict
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable, NamedTuple
@@ -108,6 +109,12 @@ def fetch_file(
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if sha256 and found != sha256: raise FileNotFoundError(f'{path} is not the expected file (SHA-256 {found[:12]}..., expected {sha256[:12]}...).\nRemove it, or get it from {url}')
     return path
+
+@contextmanager
+def where_present():
+    "For examples: a block that needs data says what is missing, in place of raising `FileNotFoundError`."
+    try: yield
+    except FileNotFoundError as e: print(f'not shown here: {e}')
 
 # %% ../../nbs/experiments/00_tasks.ipynb #1d183f14
 def load_digits(folder=None) -> Data:
