@@ -228,7 +228,7 @@ class Adan(RestartableOptimizer):
         closure:Callable|None=None, # evaluates the model and returns the loss; called once
     ): # the closure's loss, or None
         "One step. Parameters without a gradient are left alone."
-        loss = closure_loss(closure)
+        with torch.enable_grad(): loss = closure_loss(closure)      # a step that never says torch is not compiled as one
         for group in self.param_groups: list(self.with_grad(group))       # an error in any group comes before the first change
         for group in self.param_groups: _step_group(self, group)
         if any(group['restart_radius'] is not None for group in self.param_groups): _restart_long_paths(self)

@@ -301,7 +301,7 @@ def test_the_sentence_follows_the_numbers():
     half = 4.302653 * 0.002 / math.sqrt(3)
     assert (row.difference, row.low, row.high) == tuple(pytest.approx(x, abs=1e-6) for x in (0.01, 0.01 - half, 0.01 + half))
     assert row["wider than seeds"] == 0 and row.evaluations == 2 and row["std over seeds"] == pytest.approx(0.099, abs=2e-3)
-    assert "+0.0100 nats" in control_sentence(row) and "smaller than" in control_sentence(row) and "does not contain 0" in control_sentence(row)
+    assert "+0.0100 in loss" in control_sentence(row) and "smaller than" in control_sentence(row) and "does not contain 0" in control_sentence(row)
     wide = pairings([run("sgd_sai", s, 1.0 + 0.01 * s) for s in range(3)] + [run("sgd_sai_sqrtn", s, 1.5 - 0.01 * s) for s in range(3)], 2)
     other = control_frame(wide, metric).iloc[0]
     assert "larger than" in control_sentence(other) and other["wider than seeds"] == 2
