@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 def process(builder):
     """Notebooks as they appear on the site, in _proc/: documentation of what is exported, hidden cells gone. Always from scratch.
 
-    A page can name the repository as `{{< var git_url >}}`, or any other key of settings.ini, so that its owner stands there alone.
+    The changelog becomes a page among them. A page can name the repository as `{{< var git_url >}}`, or any other key of settings.ini, so that its owner stands there alone.
     """
     from nbdev.config import get_config
     from nbdev.doclinks import _build_modidx

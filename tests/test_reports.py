@@ -164,12 +164,12 @@ def test_a_claim_is_held_against_every_task(monkeypatch):
     assert claims.compared("small", "sgd_sai", "adamw") == ("-0.0047 ± 0.0006 squared error (fashion-ddpm, 3 seeds)", "worse")
     said = lambda *names: claims.at_least_even(names, "sgd_sai", "adamw")[1]
     assert (said("up", "even"), said("up", "down"), said("down", "small")) == (claims.HOLDS, claims.PART, claims.NOT)
+    assert [claims.at_least_even(names, "sgd_sai", "adamw", better=True)[1] for names in (["up"], ["up", "even"], ["even"])] == [claims.HOLDS, claims.PART, claims.NOT]
 
 
 def test_of_equal_accuracies_the_lower_loss_is_the_best(tmp_path):
     "Accuracy on few images has many ties; the first of the grid, its lowest learning rate, is not what a tie means."
-    from sgd_sai.experiments.sweep import best_settings, rank_of
-    from sgd_sai.experiments.reporting import _best_cell
+    from sgd_sai.experiments.sweep import best_of_runs, best_settings, rank_of
 
     (tmp_path / "tune.yaml").write_text("task: digits-vit\noptimizers: [sgdm]\nseeds: 1\nsteps: 4\ngrid:\n  sgdm: {lr: [0.01, 0.1, 1.0], weight_decay: 0.0}\n")
     task, sweep = get_task("digits-vit"), read_sweep(tmp_path / "tune.yaml")
@@ -178,5 +178,5 @@ def test_of_equal_accuracies_the_lower_loss_is_the_best(tmp_path):
     for run in runs:
         run["final"] = final[run["hyperparameters"]["lr"]]
         run_path(tmp_path, spec_of(run)).write_text(json.dumps(run))
-    assert best_settings(sweep, task.load(), tmp_path)["sgdm"]["lr"] == 0.1 and _best_cell(task, runs, "sgdm") == (0.0, 0.1)
+    assert best_settings(sweep, task.load(), tmp_path)["sgdm"]["lr"] == 0.1 and best_of_runs(task, runs)["sgdm"] == {"lr": 0.1, "weight_decay": 0.0}
     assert rank_of(task, runs[0] | {"status": "diverged"}) is None

@@ -42,10 +42,11 @@ def compared(
 
 def at_least_even(
     sweeps:list[str], first:str, second:str, # as in `compared`
+    better:bool=False, # the claim is that it is better: even is not enough
 ) -> tuple[str, str]: # what was measured, and HOLDS, PART or NOT
-    "Whether `first` is as good as `second` or better, over several tasks."
+    "Whether `first` is as good as `second` (or better), over several tasks: on all of them, on some, on none."
     found = [compared(name, first, second) for name in sweeps]
-    good = sum(said != 'worse' for _, said in found)
+    good = sum(said == 'better' or said == 'even' and not better for _, said in found)
     return '; '.join(text for text, _ in found), HOLDS if good == len(found) else PART if good else NOT
 
 # %% ../../nbs/experiments/15a_claims.ipynb #22f2ab24
@@ -74,16 +75,16 @@ DIFFUSION, TUNING = ['fashion-ddpm', 'fashion-ddpm-lora'], ['minilm-sentiment', 
 
 def sgd_sai_training() -> list[Claim]:
     "Claims about what SGD-SaI reaches."
-    resnet = at_least_even(['fashion-resnet'], 'sgd_sai', 'adamw'), at_least_even(['fashion-resnet'], 'sgd_sai', 'sgdm')
+    resnet = at_least_even(['fashion-resnet'], 'sgd_sai', 'adamw', better=True), at_least_even(['fashion-resnet'], 'sgd_sai', 'sgdm')
     held = {said for _, said in resnet}
     frozen, said = compared('lora-smollm2', 'sgd_sai', 'authors')
     sgdm, as_good = at_least_even(TRANSFORMERS, 'sgdm', 'sgd_sai')
     return [
         Claim('Vision transformers as good as with AdamW', '72.92 % against 73.04 %, ViT-S/16 on ImageNet', *at_least_even(VISION, 'sgd_sai', 'adamw'), '[vision](20_vision.ipynb)'),
-        Claim('GPT-2: a lower loss than with AdamW', '3.09 against 3.12 (GPT-2 small, OpenWebText)', *at_least_even(['shakespeare-gpt'], 'sgd_sai', 'adamw'), '[language](21_language.ipynb)'),
+        Claim('GPT-2: a lower loss than with AdamW', '3.09 against 3.12 (GPT-2 small, OpenWebText)', *at_least_even(['shakespeare-gpt'], 'sgd_sai', 'adamw', better=True), '[language](21_language.ipynb)'),
         Claim('ResNet: as good as SGDM, better than AdamW', '95.36 %, SGDM 95.26, AdamW 94.74 (ResNet-18, CIFAR-10)', f'against AdamW {resnet[0][0]}; against SGDM {resnet[1][0]}',
               HOLDS if held == {HOLDS} else PART if HOLDS in held else NOT, '[vision](20_vision.ipynb)'),
-        Claim('LoRA: better than AdamW', 'BLEU 69.9 against 68.9 (GPT-2 medium, E2E)', *at_least_even(['lora-smollm2'], 'sgd_sai', 'adamw'), '[LoRA](22_finetuning.ipynb)'),
+        Claim('LoRA: better than AdamW', 'BLEU 69.9 against 68.9 (GPT-2 medium, E2E)', *at_least_even(['lora-smollm2'], 'sgd_sai', 'adamw', better=True), '[LoRA](22_finetuning.ipynb)'),
         Claim('The released code trains LoRA', 'not said; A is frozen in it', f'what an A that moves adds: {frozen}', NOT if said == 'better' else PART, '[LoRA](22_finetuning.ipynb)'),
         Claim('Diffusion models as good as with AdamW', 'pictures of Stable Diffusion with LoRA', *at_least_even(DIFFUSION, 'sgd_sai', 'adamw'), '[diffusion](23_diffusion.ipynb)'),
         Claim('SGDM cannot train a transformer as SGD-SaI can', '63.80 % against 72.92 %', f'SGDM: {sgdm}', {HOLDS: NOT, PART: PART, NOT: HOLDS}[as_good], '[ten optimizers](18_peers.ipynb), [the baseline](19_baseline.ipynb)'),
@@ -97,6 +98,8 @@ def sgd_sai_behaviour() -> list[Claim]:
     ours, adamw = list(sizes.values())[-1]
     saved, step = (adamw - ours) / 2**30, _ratio('speed/gpt2.json', 'sgd_sai', 'adamw-fused')
     near = tolerance(*sweep_runs('digits-vit-grid'))
+    ours_near, adamw_near = near.loc['SGD-SaI'], near.loc['AdamW']
+    tolerant = int(ours_near['mean'] >= adamw_near['mean']) + int(ours_near.near >= adamw_near.near)      # the paper's measure, and one that does not depend on where the grid begins
     early = phases(*sweep_runs('fashion-vit'))
     behind = [early.loc['AdamW', share] - early.loc['SGD-SaI', share] for share in ('25%', '100%')]
     control = [compared(name, 'sgd_sai', 'sgd_sai_sqrtn') for name in EVERYWHERE + DIFFUSION + TUNING]
@@ -104,8 +107,8 @@ def sgd_sai_behaviour() -> list[Claim]:
         Claim('Half of the state of AdamW', '0.08 / 0.17 GB (ViT-S) to 25.15 / 49.48 GB (Llama2-7B)', f'{min(shares):.3f} to {max(shares):.3f} of AdamW, four models of the paper', HOLDS if max(shares) < 0.51 else NOT, '[memory](../04_memory.ipynb)'),
         Claim('Saves 25.15 GB on Llama2-7B (abstract)', '25.15 kept, 49.48 with AdamW: saves 24.33', f'{saved:.2f} GiB saved, and as many kept, by rule', HOLDS if abs(saved - 25.15) < 0.1 else NOT, '[memory](../04_memory.ipynb)'),
         Claim('Faster steps than AdamW', 'unsynchronised, against hand-written loops', f'{step:.2f} of the time of fused AdamW, GPT-2 small on a CPU', HOLDS if step < 0.95 else NOT, '[speed](../05_speed.ipynb)'),
-        Claim('Robust to learning rate and weight decay', 'mean over a grid 57.6 % against 37.2 % (AdamW)', f"{near.near['SGD-SaI']:.0%} of the cells near its best, place {list(near.index).index('SGD-SaI') + 1} of {len(near)}; AdamW {near.near['AdamW']:.0%}",
-              HOLDS if near.near['SGD-SaI'] >= near.near['AdamW'] else NOT, '[robustness](24_robustness.ipynb)'),
+        Claim('Robust to learning rate and weight decay', 'mean over a grid 57.6 % against 37.2 % (AdamW)', f"mean over a grid {100*ours_near['mean']:.1f} %, AdamW {100*adamw_near['mean']:.1f}; near their best {ours_near.near:.0%} and {adamw_near.near:.0%} of {int(ours_near.cells)} cells",
+              {2: HOLDS, 1: PART, 0: NOT}[tolerant], '[robustness](24_robustness.ipynb)'),
         Claim('Behind Adam early, and level at the end', '46 % against 61 % at epoch 20 of 90, then 72.9 % and 73.0 %', f'{100*behind[0]:+.1f} points behind after a quarter, {100*behind[1]:+.1f} at the end (fashion-vit)',
               HOLDS if behind[0] > 0.01 and behind[1] < 0.003 else PART if behind[0] > 0.01 else NOT, '[ten optimizers](18_peers.ipynb)'),
         Claim('The scale comes from the gradient (g-SNR)', 'no control without the gradient', 'against √n alone ' + '; '.join(text for text, _ in control), HOLDS if all(said == 'better' for _, said in control) else PART if any(said == 'better' for _, said in control) else NOT,

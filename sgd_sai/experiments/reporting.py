@@ -15,7 +15,7 @@ from typing import NamedTuple
 from .cost import cost_path
 from .plots import plot_comparison
 from .registry import get_task
-from .sweep import rank_of, read_sweep, recorded_runs, sweep_frame
+from .sweep import best_of_runs, read_sweep, recorded_runs, sweep_frame
 from .tasks import Task
 from ..style import ACCENT, GRID, INK, MUTED, figure_style, optimizer_style
 
@@ -219,14 +219,6 @@ def grid_of(
     return pd.DataFrame(rows).pivot_table(index='wd', columns='lr', values='value', dropna=False)
 
 # %% ../../nbs/experiments/15_reporting.ipynb #76fff43f
-def _best_cell(task, runs, name):
-    "Weight decay and learning rate of the best setting, as `best_settings` chooses it."
-    ranks = {}
-    for run in runs:
-        if run['optimizer'] == name: ranks.setdefault((run['hyperparameters'].get('weight_decay', 0.0), run['hyperparameters']['lr']), []).append(rank_of(task, run))
-    means = {cell: [statistics.fmean(column) for column in zip(*values)] for cell, values in ranks.items() if None not in values}
-    return max(means, key=means.get)
-
 def plot_grids(
     task:Task, runs:list[dict],
     names=None, # registry names; None: all
@@ -238,7 +230,7 @@ def plot_grids(
     import seaborn as sns
     names, scale = list(names or dict.fromkeys(run['optimizer'] for run in runs)), 100 if task.metric == 'accuracy' else 1
     grids = {name: scale * grid_of(task, runs, name) for name in names}
-    span = span or (10 if scale == 100 else 0.5)
+    span, best = span or (10 if scale == 100 else 0.5), best_of_runs(task, runs)
     ends = [g.max().max() if task.higher_is_better else g.min().min() for g in grids.values()]
     low, high = (max(ends) - span, max(ends)) if task.higher_is_better else (min(ends), min(ends) + span)
     rows = math.ceil(len(names) / columns)
@@ -249,8 +241,8 @@ def plot_grids(
             grid = grids[name]
             sns.heatmap(grid, ax=ax, vmin=low, vmax=high, cmap=sns.light_palette(ACCENT, reverse=not task.higher_is_better, as_cmap=True), annot=True, fmt='.1f' if scale == 100 else '.2f', cbar=False,
                         annot_kws={'size': 8}, linewidths=1, linecolor='white')
-            place = _best_cell(task, runs, name)
-            ax.add_patch(plt.Rectangle((list(grid.columns).index(place[1]), list(grid.index).index(place[0])), 1, 1, fill=False, edgecolor=INK, linewidth=1.5))
+            chosen = best[name]
+            ax.add_patch(plt.Rectangle((list(grid.columns).index(chosen['lr']), list(grid.index).index(chosen.get('weight_decay', 0.0))), 1, 1, fill=False, edgecolor=INK, linewidth=1.5))
             ax.set(title=optimizer_style(name)[0], xticklabels=[f'{x:g}' for x in grid.columns], yticklabels=[f'{x:g}' for x in grid.index], xlabel='lr', ylabel='wd')
             ax.tick_params(labelsize=7, rotation=0)
         for ax in axes.flat[len(names):]: ax.axis('off')
