@@ -18,6 +18,7 @@ from torch import Tensor
 
 from .base import AveragingOptimizer, average_dtype, check_betas, check_lr, check_range, closure_loss, debias, lr_of
 from .pieces import in_float32, plain
+from .sharded import is_flat, is_piece, is_sharded
 
 # %% ../nbs/03_adahessian.ipynb #1fdfb991
 def random_signs(
@@ -135,6 +136,7 @@ def _mean_over_processes(tensors:list[Tensor], process_group):
         for t, part in zip(members, flat.split([t.numel() for t in members])): t.copy_(part.view_as(t))
 
 # %% ../nbs/03_adahessian.ipynb #8552868a
+@torch._disable_dynamo  # nothing to compile: it is a backward pass
 def _curvature(opt, due:list[int], scale:float) -> dict: # parameter -> absolute curvature; empty when nothing is due
     "Curvature of the parameters that have a gradient in the groups `due`. Raises `RuntimeError` when no gradient has a graph, `FloatingPointError` when it is not finite."
     members = [(p, group) for i in due for group in [opt.param_groups[i]] for p in opt.with_grad(group)]
@@ -188,6 +190,12 @@ def check_adahessian(
     if group['state_dtype'] is not None and not group['state_dtype'].is_floating_point: raise ValueError(f"Invalid state_dtype value: {group['state_dtype']}")
 
 # %% ../nbs/03_adahessian.ipynb #308b698b
+def _is_question(opt) -> bool:
+    "Whether this is the step of zero gradients, without a graph and at learning rates of zero, by which `torch.distributed.checkpoint` asks a new optimizer what it keeps."
+    if opt.state: return False
+    grads = [p.grad for group in opt.param_groups for p in group['params'] if p.grad is not None]
+    return bool(grads) and not any(group['lr'] for group in opt.param_groups) and not any(g.requires_grad or g.any() for g in grads)
+
 class CurvatureOptimizer(AveragingOptimizer):
     "What `AdaHessian` keeps: an average of curvature per parameter, when to estimate it, and how it is saved and loaded."
     SCALARS = ('step', 'hessian_step')
@@ -198,6 +206,9 @@ class CurvatureOptimizer(AveragingOptimizer):
         check_adahessian(group)
         for p in group.get('params', ()):
             if p.is_complex(): raise ValueError(f'AdaHessian does not support complex parameters, such as {self.name_of(p)}: use torch.view_as_real')
+            if is_sharded(p) or is_piece(p) or is_flat(p):
+                raise ValueError(f'AdaHessian does not support sharded parameters, such as {self.name_of(p)}: FSDP leaves no graph behind, and an estimate takes signs of the whole tensor. '
+                                 'Keep whole parameters in each process (DistributedDataParallel under no_sync, with average_gradients=True)')
 
     def needs_graph(self) -> bool:
         "Whether the next step estimates curvature, so that its backward pass has to be called with `create_graph=True`."
@@ -208,6 +219,7 @@ class CurvatureOptimizer(AveragingOptimizer):
         for group in self.param_groups: list(self.with_grad(group))
         scale = _scale_of(self)
         if scale is None: return None
+        if _is_question(self): return {p: spatial_average(torch.zeros_like(p), group['block_size'], group['average_window']) for group in self.param_groups for p in self.with_grad(group)}, 1.0
         try: return _curvature(self, [i for i, group in enumerate(self.param_groups) if group['age'] == 0], scale), scale
         except FloatingPointError as e:
             if getattr(self, 'found_inf', None) is None: raise
@@ -266,7 +278,7 @@ class AdaHessian(CurvatureOptimizer):
         closure:Callable|None=None, # evaluates the model, calls backward(create_graph=True) and returns the loss; called once
     ): # the closure's loss, or None
         "One step. Parameters without a gradient are left alone; afterwards no gradient has a graph any more."
-        loss = closure_loss(closure)
+        loss, question = closure_loss(closure), _is_question(self)
         try: ready = self._look()
         except Exception:
             for name in ('grad_scale', 'found_inf'): vars(self).pop(name, None)         # left by a GradScaler, whose next scale would be multiplied by it
@@ -278,6 +290,7 @@ class AdaHessian(CurvatureOptimizer):
         for group in self.param_groups:
             for p in self.with_grad(group) if scale != 1 else (): p.grad.div_(scale)
             _step_group(self, group, curvature)
+            if question: continue
             group['draws'] += group['age'] == 0
             group['age'] = (group['age'] + 1) % group['update_period']
         return loss

@@ -16,6 +16,7 @@ from torch.optim.optimizer import _use_grad_for_differentiable
 
 from .base import AveragingOptimizer, average_dtype, check_betas, check_lr, check_range, closure_loss, debias, lr_of, shrink_
 from .pieces import PIECE, SMALL, in_float32, pieces, plain, real
+from .sharded import add_up, aligned, cuts, is_piece, local
 
 # %% ../nbs/02_adan.ipynb #34d71fd8
 def adan_reference(
@@ -60,8 +61,7 @@ def _step_one(p, g, m, v, n, scratch, root, divisor, ratio, *, betas, eps, befor
     if ratio is not None: p.addcdiv_(v, scratch.mul_(ratio))
     shrink_([p], after)
     if path is not None:
-        length = metric.mul_((p - old).square_()).sum()
-        path.add_((length.full_tensor() if hasattr(length, 'full_tensor') else length).to(path.device))
+        path.add_(metric.mul_((p - old).square_()).sum().to(path.device))
     scratch.copy_(g).neg_()
 
 # %% ../nbs/02_adan.ipynb #7d46c1e2
@@ -126,9 +126,14 @@ def _step_group(opt:AveragingOptimizer, group:dict):
             state['step'] = opt.scalar(p, group)
             for key in ('exp_avg', 'exp_avg_diff', 'exp_avg_sq'): state[key] = torch.zeros_like(p, dtype=average_dtype(p, group), requires_grad=False)
         if group['restart_radius'] is not None and 'path' not in state: state['path'] = opt.scalar(p, group)
-        if 'neg_pre_grad' not in state: state['neg_pre_grad'] = torch.zeros_like(p, dtype=average_dtype(p, group), requires_grad=False).copy_(p.grad).neg_()
+        if 'neg_pre_grad' not in state: state['neg_pre_grad'] = torch.zeros_like(p, dtype=average_dtype(p, group), requires_grad=False).copy_(aligned(p.grad, p)).neg_()
         together.setdefault((p.device, p.dtype), []).append(p)
     for params in together.values(): (_step_differentiable if group['differentiable'] else _step_together)(opt, group, params, lr)
+
+@torch._disable_dynamo
+def _lengthen(params:list, states:list, lengths:list):
+    "Add the lengths of this step to the paths; those of sharded parameters are added up between the processes first."
+    for state, length in zip(states, add_up(torch.stack(lengths).double(), params) if any(map(cuts, params)) else lengths): state['path'].add_(length)
 
 def _step_together(opt:AveragingOptimizer, group:dict, params:list, lr):
     "One step of `params`, which share a device and a dtype and have all their state."
@@ -138,8 +143,10 @@ def _step_together(opt:AveragingOptimizer, group:dict, params:list, lr):
     factors = [_factors(state['step'] if stays else state['step'].item(), lr=-lr if group['maximize'] else lr, betas=group['betas']) for state in states]
     decay, late = lr * group['weight_decay'] if group['weight_decay'] else None, not group['no_prox']
     how = dict(betas=group['betas'], eps=group['eps'], before=None if late else decay, after=decay / (1 + decay) if late and decay is not None else None)
-    tensors = [(p, p.grad, *(state[key] for key in ('exp_avg', 'exp_avg_diff', 'exp_avg_sq', 'neg_pre_grad'))) for p, state in zip(params, states)]
-    _apply(group, tensors, factors, [state.get('path') if group['restart_radius'] is not None else None for state in states], how)
+    tensors = [tuple(map(local, (p, aligned(p.grad, p), *(state[key] for key in ('exp_avg', 'exp_avg_diff', 'exp_avg_sq', 'neg_pre_grad'))))) for p, state in zip(params, states)]
+    paths = [torch.zeros_like(state['path']) for state in states] if group['restart_radius'] is not None else [None] * len(states)
+    _apply(group, tensors, factors, paths, how)
+    if group['restart_radius'] is not None: _lengthen(params, states, paths)
 
 def _step_differentiable(opt:AveragingOptimizer, group:dict, params:list, lr):
     "One step that autograd can run through, by the reference."
@@ -160,6 +167,7 @@ def check_adan(
     if group.get('max_grad_norm'): raise ValueError('max_grad_norm is not an option of a group: call torch.nn.utils.clip_grad_norm_ on its parameters before step')
     if group['differentiable'] and group['foreach']: raise RuntimeError('`foreach` does not support `differentiable`')
     if group['differentiable'] and any(p.is_complex() for p in group.get('params', ())): raise RuntimeError('`differentiable` does not support complex parameters')
+    if group['restart_radius'] is not None and any(map(is_piece, group.get('params', ()))): raise RuntimeError('`restart_radius` does not support pieces that FSDP1 has cut: use torch.distributed.fsdp.fully_shard (FSDP2)')
     if group['differentiable'] and group['restart_radius'] is not None: raise RuntimeError('`restart_radius` does not support `differentiable`')
 
 # %% ../nbs/02_adan.ipynb #914ac0a6

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .sharded import spread_as
+
 # %% ../nbs/91_base.ipynb #a6fa037a
 def check_lr(
     lr, # float, or tensor with one element
@@ -48,8 +50,8 @@ class ExactState(Optimizer):
         key:str, # name of the state entry
         value, # what the checkpoint holds
     ): # what goes into self.state[p][key]
-        "A saved state entry as it should be in this optimizer; by default its tensors only change device."
-        return value.to(p.device) if isinstance(value, Tensor) else value
+        "A saved state entry as it should be in this optimizer; by default its tensors change device, and are spread over the processes as `p` is."
+        return spread_as(value.to(p.device), p) if isinstance(value, Tensor) else value
 
     def load_state_dict(self, state_dict:dict):
         "As in PyTorch, hooks included, but state keeps its precision (see `restored`)."
@@ -77,9 +79,12 @@ class BaseOptimizer(ExactState):
     ):
         "Raise `ValueError` for a hyperparameter out of range; subclasses fill this in."
 
+    pieces = {}  # filled by sharded.register_fsdp1
+
     def add_param_group(self, param_group:dict):
         "As in PyTorch, and the group's hyperparameters are checked."
         super().add_param_group(param_group)
+        self.__dict__.setdefault('_shapes', set()).update(p.shape for p in self.param_groups[-1]['params'])
         try: self.check(self.param_groups[-1])
         except Exception:
             self.param_groups.pop()
@@ -170,7 +175,7 @@ class AveragingOptimizer(BaseOptimizer):
     def restored(self, p, group, key, value):
         "Saved state as it should be here: clocks exactly, averages in `state_dtype` or the parameter's dtype."
         if key in self.SCALARS: return self.scalar(p, group, float(value))
-        return value.to(device=p.device, dtype=average_dtype(p, group)) if isinstance(value, Tensor) else value
+        return spread_as(value.to(device=p.device, dtype=average_dtype(p, group)), p) if isinstance(value, Tensor) else value
 
 # %% ../nbs/91_base.ipynb #ef2db636
 def debias(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .pieces import pieces
+from .sharded import add_up, cuts, is_sharded, local
 
 # %% ../nbs/00_gsnr.ipynb #5213efd3
 _WIDER = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.complex32: torch.complex64}
@@ -39,6 +40,27 @@ def _mean_var_of(total:float, square:float, n:int, correction:int) -> tuple|None
     var = (square - n * mean**2) / (n - correction)
     return (mean, var) if n * var > 0.1 * square else None
 
+# %% ../nbs/00_gsnr.ipynb #61f9d644
+def _part_sums(part:Tensor) -> Tensor:
+    "Sum of the entries, real and imaginary, and sum of their squares, float64, (3,), where `part` is."
+    n, wide = part.numel(), _WIDER.get(part.dtype, part.dtype)
+    if not n: return torch.zeros(3, dtype=torch.float64, device=part.device)
+    sums = _row_sums(part) if _by_rows(part) else None
+    if sums and _mean_var_of(*sums, n, 0): return torch.tensor([sums[0], 0.0, sums[1]], dtype=torch.float64)
+    var, mean = torch.var_mean(part.to(wide), correction=0)
+    mean = torch.stack([mean.real, mean.imag if part.is_complex() else torch.zeros_like(mean)]).double()
+    return torch.cat([n * mean, n * (var.double() + mean.square().sum()).view(1)])
+
+def _whole_sums(grads:list[Tensor]) -> list[list[float]]:
+    "`_part_sums` of sharded tensors as they are, the same in all processes."
+    rows = [_part_sums(local(grad.detach())) for grad in grads]
+    return add_up(torch.stack([row.to(rows[0].device) for row in rows]), grads).tolist() if rows else []
+
+def _of_sums(re:float, im:float, square:float, n:int, correction:int) -> tuple[float, float, float]:
+    "Norm, modulus of the mean, and standard deviation, from the sums of `n` entries and of their squares."
+    mean = math.hypot(re, im) / n
+    return math.sqrt(square), mean, math.sqrt(max(square - n * mean**2, 0.0) / (n - correction)) if n > 1 else 0.0
+
 # %% ../nbs/00_gsnr.ipynb #c1ae314a
 def _mean_var(
     grad:Tensor, # any shape, two entries or more
@@ -54,6 +76,7 @@ def _mean_var(
 def _norm_mean_std(grad:Tensor, correction:int=1) -> tuple[Tensor, Tensor, Tensor]:
     "Norm, mean and standard deviation of `grad`, 0-d; the standard deviation of a single entry is 0."
     n = grad.numel()
+    if is_sharded(grad): return tuple(torch.tensor(x, dtype=torch.float64) for x in _of_sums(*_whole_sums([grad])[0], n, correction))
     if n == 1:
         mean = grad.detach().to(_WIDER.get(grad.dtype, grad.dtype)).reshape(())
         return mean.abs(), mean, torch.zeros_like(mean.abs())
@@ -69,12 +92,13 @@ def gsnr(
     """Gradient signal-to-noise ratio $G = \\lVert g\\rVert / (\\sigma + \\varepsilon)$ (arXiv 2412.11768, Algorithm 1).
 
     Scale free: `gsnr(c*grad)` is `gsnr(grad)`. 0 for an empty or all-zero tensor ("not measured"), 1 for a single entry,
-    huge for a constant tensor, nan as soon as one entry is not finite. Complex: modulus and `torch.std` of complex numbers.
+    huge for a constant tensor, nan as soon as one entry is not finite. A `DTensor` counts as the whole that it stands for. Complex: modulus and `torch.std` of complex numbers.
     Raises `TypeError` for integer and `ValueError` for sparse tensors."""
     if not (grad.is_floating_point() or grad.is_complex()):
         raise TypeError(f'gsnr needs a floating point or complex tensor, got {grad.dtype}')
     if grad.layout != torch.strided: raise ValueError(f'gsnr needs a dense tensor, got {grad.layout}: call .to_dense() first')
     n = grad.numel()
+    if is_sharded(grad): return torch.tensor(gsnr_values([grad], eps, correction)[0], dtype=_WIDER.get(grad.dtype, grad.dtype)).abs()
     if n == 0: return torch.zeros((), dtype=_WIDER.get(grad.dtype, grad.dtype), device=grad.device).abs()
     norm, _, sigma = _norm_mean_std(grad, correction)
     G = torch.ones_like(norm) * norm.isfinite() if n == 1 else norm / (sigma + (1e-3 * norm / math.sqrt(n)).clamp(max=eps))
@@ -85,7 +109,6 @@ def _to_host(
     values:list[Tensor], # 0-d tensors, on any devices
 ) -> list[float]:
     "The values as floats, with one transfer for each device and dtype."
-    values = [value.full_tensor() if hasattr(value, 'full_tensor') else value for value in values]      # sharded tensors reduce here
     out, together = [0.0] * len(values), {}
     for i, value in enumerate(values): together.setdefault((value.device, value.dtype), []).append(i)
     for index in together.values():
@@ -101,18 +124,27 @@ def _sums_of_small(grads:list[Tensor]) -> list[tuple[float, float]]:
     return out
 
 # %% ../nbs/00_gsnr.ipynb #609dc654
+def _gsnr_of_sums(re:float, im:float, square:float, n:int, eps:float, correction:int) -> float:
+    "`gsnr` from sums over the whole tensor."
+    if not math.isfinite(square) or square == 0: return math.nan if square else 0.0
+    norm, _, sigma = _of_sums(re, im, square, n, correction)
+    below = sigma + min(eps, 1e-3 * norm / math.sqrt(n))
+    return 1.0 if n == 1 else norm / below if below else math.inf
+
 def gsnr_values(
     grads:list[Tensor], # as in gsnr, each on any device
     eps:float=1e-8, correction:int=1, # as in gsnr
 ) -> list[float]:
-    "`gsnr` of each, as numbers, with one transfer from each device."
+    "`gsnr` of each, as numbers, with one transfer from each device, and one message to the other processes for all that they share."
+    spread = [i for i, grad in enumerate(grads) if cuts(grad)]
+    out = dict(zip(spread, (_gsnr_of_sums(*sums, grads[i].numel(), eps, correction) for i, sums in zip(spread, _whole_sums([grads[i] for i in spread])))))
+    grads = [grad if i in out else local(grad) for i, grad in enumerate(grads)]
     sums, small = {}, {}
     for i, grad in enumerate(grads):
-        if not _by_rows(grad) or (n := grad.numel()) < 2: continue
+        if i in out or not _by_rows(grad) or (n := grad.numel()) < 2: continue
         if n < _ROW: small.setdefault((n, grad.dtype), []).append(i)
         else: sums[i] = _row_sums(grad)
     for index in small.values(): sums |= zip(index, _sums_of_small([grads[i] for i in index]))
-    out = {}
     for i, (total, square) in sums.items():
         n, found = grads[i].numel(), _mean_var_of(total, square, grads[i].numel(), correction)
         if found: out[i] = math.sqrt(square) / (math.sqrt(found[1]) + min(eps, 1e-3 * math.sqrt(square / n)))

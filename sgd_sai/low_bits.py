@@ -4,15 +4,16 @@
 
 # %% auto #0
 __all__ = ['TABLE', 'BLOCK', 'noise', 'round_stochastically_', 'encode_', 'decode', 'start_momentum', 'as_layout', 'decoded',
-           'local', 'step_in_few_bits']
+           'step_in_few_bits']
 
 # %% ../nbs/95_low_bits.ipynb #48f7794a
 from typing import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .pieces import WIDE, pieces, same_layout
+from .pieces import WIDE, is_foreign, pieces, same_layout
+from .sharded import is_sharded, local
 
 # %% ../nbs/95_low_bits.ipynb #8026474d
 TABLE = 1 << 19  # entries of the table of noise, 2 MB on each device that rounds
@@ -89,7 +90,7 @@ def start_momentum(
     dtype:torch.dtype, # of the momentum; int8: eight bits in blocks
 ) -> dict: # state entries: momentum_buffer, and for int8 momentum_absmax
     "The first momentum, which is the first gradient, rounded to nearest."
-    if dtype != torch.int8: return {'momentum_buffer': torch.empty_like(p, dtype=dtype, requires_grad=False).copy_(g)}
+    if dtype != torch.int8: return {'momentum_buffer': torch.empty_like(g if is_foreign(p) else p, dtype=dtype, requires_grad=False).copy_(g)}
     codes = torch.empty_like(p, dtype=dtype, requires_grad=False)
     absmax = torch.empty(-(-p.numel() // BLOCK), dtype=torch.float32, device=p.device)
     g_, codes_ = (t.as_strided((t.numel(),), (1,)) for t in (as_layout(g, codes), codes))
@@ -134,10 +135,6 @@ def _step_piece(step, p, g, m, rest, absmax, key, stochastic_p, stochastic_m):
     if rest is not None: rest.copy_(p_ - p)
 
 # %% ../nbs/95_low_bits.ipynb #ca108e47
-def local(t:Tensor) -> Tensor:
-    "The part of a sharded tensor that lies here; others as they are."
-    return t.to_local() if hasattr(t, 'to_local') else t
-
 def step_in_few_bits(
     step:Callable, # step(p, g, m), in place, on float32 tensors of one shape (float64 where p is); m may be None
     p:Tensor, g:Tensor, # parameter and gradient, real

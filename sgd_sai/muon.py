@@ -16,6 +16,7 @@ from torch.optim.optimizer import _use_grad_for_differentiable
 
 from .base import average_dtype, closure_loss, lr_of, shrink_
 from .optimizer import ScaledOptimizer, check_sgd_sai, gather, step_gathered
+from .sharded import is_piece, local, spread_as, whole
 
 # %% ../nbs/07_muon.ipynb #96e298bb
 COEFFICIENTS = (3.4445, -4.7750, 2.0315) # of x, x^3, x^5 in Muon's polynomial
@@ -49,18 +50,19 @@ def muon_step(
     nesterov:bool=True, maximize:bool=False, # as in MuonSaI
 ):
     "One step of Muon: momentum, orthogonal factor, step of length lr * sqrt(max(1, rows / columns))."
-    if weight_decay: shrink_(params, lr * weight_decay)
+    if weight_decay: shrink_([local(p) for p in params], lr * weight_decay)
     alike = {}
     for p, g, m in zip(params, grads, bufs):
         m.lerp_(g.to(m.dtype), 1 - momentum)
-        alike.setdefault((p.shape, p.dtype, p.device), []).append((p, (g.to(m.dtype).lerp(m, momentum) if nesterov else m)))
+        alike.setdefault((p.shape, p.dtype, p.device), []).append((p, whole(g.to(m.dtype).lerp(m, momentum) if nesterov else m)))
     for (shape, dtype, _), members in alike.items():
         rows, cols = shape[0], shape.numel() // shape[0]
         size, length = max(1, STACKED // shape.numel()), math.sqrt(max(1, rows / cols))
         for i in range(0, len(members), size):
             some = members[i:i+size]
             for (p, _), O in zip(some, orthogonalized(torch.stack([u.reshape(rows, cols) for _, u in some]))):
-                O = O.reshape(shape).to(dtype)
+                O = local(spread_as(O.reshape(shape).to(dtype), p))
+                p = local(p)
                 if isinstance(lr, Tensor): p.addcmul_(O, lr.to(p.device), value=length if maximize else -length)
                 else: p.add_(O, alpha=lr*length if maximize else -lr*length)
 
@@ -138,6 +140,7 @@ class MuonSaI(ScaledOptimizer):
         check_sgd_sai(group)
         for key in ('normalize', 'capturable', 'differentiable', 'state_dtype', 'rounding'):
             if group[key]: raise ValueError(f'MuonSaI does not support {key}')
+        if any(map(is_piece, group.get('params', ()))): raise ValueError('MuonSaI needs whole matrices, which FSDP1 cuts: use torch.distributed.fsdp.fully_shard (FSDP2)')
         thin = [tuple(p.shape) for p in group.get('params', ()) if group['muon'] and (p.ndim < 2 or p.is_complex())]
         if thin: raise ValueError(f'a group with muon=True has to consist of real matrices, not of a tensor of shape {thin[0]}')
 

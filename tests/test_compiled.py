@@ -4,8 +4,9 @@ import shutil
 import pytest
 import torch
 from common import param, twin
+from torch import nn
 
-from sgd_sai.optimizer import SGDSaI
+from sgd_sai import AdaHessian, MuonSaI, SGDSaI
 
 pytestmark = [pytest.mark.usefixtures("seeded"), pytest.mark.skipif(not (shutil.which("g++") or shutil.which("clang++")), reason="the compiler needs a C++ compiler")]
 
@@ -34,3 +35,23 @@ def test_one_kernel_per_tensor_and_the_same_numbers():
     for p, q in zip(params, twins):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-5)
         torch.testing.assert_close(eager.state[p]["momentum_buffer"], opt.state[q]["momentum_buffer"])
+
+
+@pytest.mark.parametrize("make", [lambda net: AdaHessian(net.named_parameters(), lr=0.05, update_period=2), MuonSaI], ids=["AdaHessian", "MuonSaI"])
+def test_other_steps_can_be_called_through_the_compiler(make):
+    "Whatever of them is traced: the numbers are those of the ordinary step."
+    torch._dynamo.reset()
+    ends = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(6, 16), nn.Tanh(), nn.Linear(16, 8), nn.Tanh(), nn.Linear(8, 3))
+        opt = make(net)
+        step = torch.compile(opt.step, backend="eager") if compiled else opt.step
+        for t in range(4):
+            x = torch.randn(8, 6, generator=torch.Generator().manual_seed(t))
+            opt.zero_grad()
+            net(x).square().mean().backward(create_graph=isinstance(opt, AdaHessian) and opt.needs_graph())
+            step()
+        ends.append([p.detach().clone() for p in net.parameters()])
+    for p, q in zip(*ends):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)

@@ -27,7 +27,7 @@ IMPLEMENTATIONS = {"forloop": (False, False), "foreach": (True, False), "fused":
 
 shapes = st.lists(st.sampled_from([0, 1, 2, 3, 5, 8]), min_size=0, max_size=4).map(tuple)
 layouts = st.sampled_from(["contiguous", "transposed", "channels_last", "gaps"])
-gradients = st.sampled_from(["noise", "noise", "noise", "tiny", "huge", "constant", "zero", "none"])
+gradients = st.sampled_from(["noise", "noise", "noise", "noise", "tiny", "huge", "constant", "zero", "none", "not finite"])
 travels = st.sampled_from(["stay"] * 4 + ["pickle", "deepcopy", "state_dict", "file"])
 
 
@@ -44,7 +44,7 @@ def gradient(p, kind, generator):
     if kind == "none":
         return None
     noise = torch.randn(p.shape, dtype=WIDE[p.dtype], generator=generator)
-    size = {"noise": 1, "tiny": 1e-9, "huge": 1e4}.get(kind, 0)
+    size = {"noise": 1, "tiny": 1e-9, "huge": 1e4, "not finite": 1}.get(kind, 0)
     return (torch.full_like(noise, 0.25) if kind == "constant" else noise * size).to(p.dtype)
 
 
@@ -120,6 +120,24 @@ def allowed(dtype, *terms, roundings=4):
     return roundings * ROUNDING[dtype] * largest + 1e-37
 
 
+def refuse_not_finite(opt, params, scales, kinds, grads):
+    "A first gradient that is not finite is an error before anything changes, whatever the others are; others that are not finite never reach an optimizer."
+    members = {p for group in opt.param_groups for p in group["params"]}
+    spoilt = [i for i, (p, kind) in enumerate(zip(params, kinds)) if kind == "not finite" and i not in scales and p in members and p.numel()]
+    if not spoilt:
+        return 0
+    for i, (p, g) in enumerate(zip(params, grads)):
+        p.grad = None if g is None else g.clone(memory_format=torch.preserve_format)
+        if i in spoilt:
+            p.grad[(0,) * p.grad.ndim] = math.nan if i % 2 else math.inf
+    before, states = [wide(p) for p in params], [{k: copy.deepcopy(v) for k, v in opt.state.get(p, {}).items()} for p in params]
+    with pytest.raises(RuntimeError, match="is not finite, so its scale cannot be measured; nothing was changed"):
+        opt.step()
+    assert all(torch.equal(wide(p), old) for p, old in zip(params, before))
+    assert_same_states(opt, params, states)
+    return 1
+
+
 def one_step(opt, params, scales, grads):
     "One step of `opt`, compared with the reference; `scales` is by position, and grows."
     group_of = {p: group for group in opt.param_groups for p in group["params"]}
@@ -161,7 +179,7 @@ def one_step(opt, params, scales, grads):
             assert "momentum_buffer" not in opt.state.get(p, ())
 
 
-COUNT = {"examples": 0, "steps": 0, "moved": 0}
+COUNT = {"examples": 0, "steps": 0, "moved": 0, "refused": 0}
 
 
 @settings(max_examples=250, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
@@ -192,6 +210,7 @@ def check_runs(run):
         start = [p.detach().clone() for p in params]
         grads = [gradient(p, kind, generator) for p, kind in zip(params, step["grads"])]
         grads = [None if g is None else laid_out(g, layout) for g, layout in zip(grads, step["grad_layouts"])]
+        COUNT["refused"] += refuse_not_finite(opt, params, scales, step["grads"], grads)
         one_step(opt, params, scales, grads)
         COUNT["steps"] += 1
         COUNT["moved"] += any(not torch.equal(p, q) for p, q in zip(params, start))
@@ -203,6 +222,7 @@ def check_runs(run):
 def test_generated_runs_follow_the_equations():
     torch.set_num_threads(1)
     check_runs()
+    assert COUNT["refused"] >= 50
     assert COUNT["examples"] >= 200 and COUNT["moved"] >= 0.5 * COUNT["steps"] > 300  # the runs were not all empty tensors and zeros
 
 
@@ -336,7 +356,7 @@ def one_adan_step(opt, params, clocks, fresh, grads):
         assert ((parts(p) - expected).abs() <= bound).all(), (i, p.dtype, (parts(p) - expected).abs().max(), bound.min())
 
 
-ADAN_COUNT = {"examples": 0, "steps": 0, "moved": 0}
+ADAN_COUNT = {"examples": 0, "steps": 0, "moved": 0, "refused": 0}
 
 
 @settings(max_examples=120, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
