@@ -6,12 +6,17 @@
 __all__ = ['start']
 
 # %% ../nbs/98_main.ipynb #0854d3dd
+import os
+
 def start():
     "Run the command line; a missing extra is named together with the command that installs it."
     try: from sgd_sai.experiments.cli import main
     except ImportError as e:
         raise SystemExit(f"The command line needs the 'experiments' extra, and {e.name} is not installed.\n"
                          "From a checkout:  pip install -e '.[experiments]'") from None
+    if 'TORCHELASTIC_RUN_ID' in os.environ:                  # started several times by torchrun or accelerate launch, which want to know what ended a process
+        from torch.distributed.elastic.multiprocessing.errors import record
+        main = record(main)
     main()
 
 if __name__ == '__main__' and __package__: start()  # not when this notebook runs

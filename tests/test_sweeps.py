@@ -13,7 +13,7 @@ import torch
 import torchvision
 from typer.testing import CliRunner
 
-import sgd_sai.experiments.sweep as sweeps
+import sgd_sai.experiments.engines as engines
 import sgd_sai.experiments.train as training
 from sgd_sai.experiments.cli import app
 from sgd_sai.experiments.cost import step_costs
@@ -99,12 +99,12 @@ def test_lr_follows_the_rule():
 
 
 def test_failed_run_is_one_line_and_the_others_are_trained(tmp_path, monkeypatch):
-    def failing(task, data, spec, device):
+    def failing(task, data, spec, device, *more, **options):
         if spec.optimizer == "adamw" and spec.batch_size == 64:
             raise RuntimeError("the disk\nis on fire")
-        return train(task, data, spec, device)
+        return train(task, data, spec, device, *more, **options)
 
-    monkeypatch.setattr(sweeps, "train", failing)
+    monkeypatch.setattr(engines, "train", failing)
     file = tmp_path / "small.yaml"
     file.write_text(json.dumps(SMALL))  # JSON is YAML
     done = cli("sweep", file, "--out", tmp_path / "runs", "--device", "cpu")

@@ -10,11 +10,12 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Callable
 
+from .engines import Job, train_all
 from .plots import plot_comparison
-from .runs import RunSpec, check_writable, load_run, save_run
-from .sweep import side_by_side
+from .processes import agreed, is_main, main_first
+from .runs import RunSpec, check_writable, load_run, sweep_up
 from .tasks import Data, Task, UsageError
-from .train import check_spec, make_spec, train
+from .train import Tracking, check_spec, make_spec
 from ..style import optimizer_style
 
 # %% ../../nbs/experiments/04_compare.ipynb #f7b86cb0
@@ -46,27 +47,23 @@ def train_missing(
     fresh:bool=False, # train again what has been trained
     workers:int=1, # processes with one thread each that train side by side; 1: train here
     data_dir=None, # folder with data, for the workers
+    tracking:Tracking|None=None, # who else follows the runs
 ) -> list[dict]: # run records in the order of specs
-    "Run records of `specs`: found in `folder`, or trained and saved there. Raises `OSError` before training when the folder cannot be written."
+    "Run records of `specs`: found in `folder`, or trained and saved there. Raises `OSError` before training when the folder cannot be written, and when a run cannot be saved."
     check_writable(folder)
-    found = {spec.key: run for spec in specs if not fresh and (run := load_run(folder, spec))}
+    sweep_up(folder)
+    found = agreed({spec.key: run for spec in specs if not fresh and (run := load_run(folder, spec))})
     missing = [spec for spec in specs if spec.key not in found]
-    with (progress or _silent)(task, specs) as tell:
+    with (progress if progress and is_main() else _silent)(task, specs) as tell:
         for spec in specs:
             if spec.key in found: tell(spec, 'found', spec.steps, None, found[spec.key]['final'])
-        done = side_by_side(missing, workers, task.name, data_dir, folder, device) if workers > 1 and len(missing) > 1 else _one_by_one(task, data, missing, folder, device, tell)
+        done = train_all(missing, Job(task.name, folder, data_dir, device, fresh, tracking), task, data, workers, on_step=lambda spec, *now: tell(spec, 'running', *now))
         with closing(done):
-            for spec, failure in done:
+            for spec, _, failure in done:
                 if failure: raise RuntimeError(f'{optimizer_style(spec.optimizer)[0]}, seed {spec.seed}: {failure}')
-                found[spec.key] = load_run(folder, spec)
+                found[spec.key] = agreed(load_run(folder, spec) if is_main() else None)
                 tell(spec, found[spec.key]['status'], spec.steps, None, found[spec.key]['final'])
     return [found[spec.key] for spec in specs]
-
-def _one_by_one(task, data, specs, folder, device, tell):
-    "Train here, in this process; yields runs as `side_by_side` does."
-    for spec in specs:
-        save_run(folder, spec, train(task, data, spec, device, lambda step, loss, metrics: tell(spec, 'running', step, loss, metrics)))
-        yield spec, ''
 
 @contextmanager
 def _silent(task, specs): yield lambda *_: None
@@ -154,14 +151,15 @@ def compare(
     optimizers=DEFAULT_OPTIMIZERS, seeds:int=3, steps:int|None=None, precision:str='no', changes:dict|None=None, # as in plan
     device:str|None=None, fresh:bool=False, # as in train_missing
     data_dir=None, # folder with data; None: see tasks.data_folder
-    progress:Callable|None=None, workers:int=1, # as in train_missing
+    progress:Callable|None=None, workers:int=1, tracking:Tracking|None=None, # as in train_missing
 ) -> dict: # 'runs', 'frame', 'csv', 'figure' (paths)
     "Train `task` with several optimizers and seeds; writes FOLDER/compare-TASK.csv and .png. Raises as `plan` and `train_missing` do."
     check_writable(folder)
-    data = task.load(data_dir)
-    runs = train_missing(task, data, plan(task, data, optimizers, seeds, steps, precision, changes), folder, device, progress, fresh, workers, data_dir)
+    with main_first(): data = task.load(data_dir)
+    runs = train_missing(task, data, plan(task, data, optimizers, seeds, steps, precision, changes), folder, device, progress, fresh, workers, data_dir, tracking)
     frame = summary_frame(task, runs)
     csv, figure = (Path(folder) / f'compare-{task.name}.{ending}' for ending in ('csv', 'png'))
-    frame.to_csv(csv, index=False)
-    plot_comparison(runs, task.metric, task.title, figure, loss_unit=task.loss_unit.name)
+    if is_main():
+        frame.to_csv(csv, index=False)
+        plot_comparison(runs, task.metric, task.title, figure, loss_unit=task.loss_unit.name)
     return {'runs': runs, 'frame': frame, 'csv': csv, 'figure': figure}
