@@ -1,11 +1,14 @@
 import hashlib
+import json
 import pickle
 import struct
+from pathlib import Path
 
 import pytest
 
 
 def pytest_addoption(parser):
+    parser.addoption("--record-ways", action="store_true", help="write what the tests of ways of training find to results/ways.json")
     parser.addoption("--gpu", action="store_true", help="run only what has something to do on a CUDA device, and fail if there is none")
 
 
@@ -16,6 +19,8 @@ def cuda_available():
 
 
 def pytest_collection_modifyitems(config, items):
+    # what takes long comes first, so that several workers end together
+    items.sort(key=lambda item: not (item.get_closest_marker("notebook") or item.path.stem in ("test_ways", "test_faults", "test_site")))
     if config.getoption("--gpu"):
         if not cuda_available():
             raise pytest.UsageError("--gpu: torch finds no CUDA device here")
@@ -28,6 +33,29 @@ def pytest_collection_modifyitems(config, items):
     if only_gpu and not cuda_available():
         for item in only_gpu:
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture
+def record_way(request):
+    "A function (section, way, optimizer -> numbers) that holds what was found against results/ways.json, or with --record-ways writes it there."
+    from filelock import FileLock
+
+    path = Path(__file__).resolve().parents[1] / "results" / "ways.json"
+
+    def verdicts(found):
+        return {name: {key: value for key, value in numbers.items() if isinstance(value, bool)} for name, numbers in found.items()}
+
+    def record(section, way, found):
+        if request.config.getoption("--record-ways"):
+            with FileLock(f"{path}.lock"):
+                known = json.loads(path.read_text()) if path.exists() else {}
+                known.setdefault(section, {})[way] = {name: {key: float(f"{value:.1e}") if isinstance(value, float) else value for key, value in numbers.items()} for name, numbers in found.items()}
+                path.write_text(json.dumps(known, indent=1) + "\n")
+        else:
+            known = json.loads(path.read_text())
+            assert verdicts(known[section][way]) == verdicts(found), "results/ways.json says something else; --record-ways writes it anew"
+
+    return record
 
 
 @pytest.fixture
