@@ -11,7 +11,7 @@ __all__ = ['POINTS', 'NATS', 'SQUARED_ERROR', 'FASHION', 'CIFAR10', 'SHAKESPEARE
            'build_pydoc_gpt', 'load_shakespeare', 'build_shakespeare_gpt', 'UsageError', 'unknown']
 
 # %% ../../nbs/experiments/00_tasks.ipynb #7a07b2b0
-import difflib, hashlib, os
+import difflib, hashlib, logging, os
 from collections import OrderedDict
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -21,6 +21,8 @@ from typing import Callable, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, TensorDataset
+
+logging.getLogger('torch.utils._pytree').setLevel(logging.ERROR)      # where torchao is installed, transformers imports it, and PyTorch has a warning for torchao's authors
 
 # %% ../../nbs/experiments/00_tasks.ipynb #96ee6e7f
 class Data(NamedTuple):
