@@ -1,4 +1,6 @@
 "Every notebook under nbs/ is one test: it runs from top to bottom, in its own process and in its own folder, as in Jupyter."
+import atexit
+import functools
 import json
 import os
 import re
@@ -11,6 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT / "nbs"
 TIMEOUT = 30 * 60  # seconds; a notebook that needs longer hangs
+ENVIRONMENT = {**os.environ, "MPLBACKEND": "agg"}
 
 
 def notebooks():
@@ -27,20 +30,40 @@ def as_param(path):
     return pytest.param(path, id=path.relative_to(NBS).with_suffix("").as_posix(), marks=marks)
 
 
-@pytest.fixture(scope="session")
-def gpu_flag():
-    import torch
+def run_alone(path, out):
+    "Exit code of a notebook in a process that starts from nothing, with its GPU cells; None when it takes too long. A GPU that has been looked at does not survive a fork."
+    with open(out, "w") as file:
+        command = [sys.executable, str(ROOT / "tests" / "run_notebook.py"), str(path), "--gpu"]
+        try:
+            return subprocess.run(command, cwd=path.parent, env=ENVIRONMENT, stdout=file, stderr=subprocess.STDOUT, timeout=TIMEOUT).returncode
+        except subprocess.TimeoutExpired:
+            return None
 
-    return ["--gpu"] if torch.cuda.is_available() else []
+
+@functools.cache
+def server():
+    "The process that notebooks are forked from; one for each worker of pytest."
+    command = [sys.executable, str(ROOT / "tests" / "run_notebook.py"), "--serve", str(TIMEOUT)]
+    process = subprocess.Popen(command, env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    atexit.register(process.kill)
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def run_forked(path, out):
+    "The same without its GPU cells, in a process that has imported common libraries already."
+    process = server()
+    print(json.dumps([str(path), str(out)]), file=process.stdin, flush=True)
+    return json.loads(process.stdout.readline().replace("None", "null"))
 
 
 @pytest.mark.parametrize("path", [as_param(path) for path in notebooks()])
-def test_notebook(path, gpu_flag):
-    env = {**os.environ, "MPLBACKEND": "agg"}
-    command = [sys.executable, str(ROOT / "tests" / "run_notebook.py"), str(path), *gpu_flag]
-    try:
-        done = subprocess.run(command, cwd=path.parent, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=TIMEOUT)
-    except subprocess.TimeoutExpired:
+def test_notebook(path, tmp_path):
+    import torch
+
+    out = tmp_path / "printed"
+    code = (run_alone if torch.cuda.is_available() else run_forked)(path, out)
+    if code is None:
         pytest.fail(f"still running after {TIMEOUT} seconds", pytrace=False)
-    if done.returncode:
-        pytest.fail(f"exit code {done.returncode}\n{done.stdout.strip()}", pytrace=False)
+    if code:
+        pytest.fail(f"exit code {code}\n{out.read_text().strip()}", pytrace=False)
