@@ -2,6 +2,7 @@ import hashlib
 import json
 import pickle
 import struct
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -47,7 +48,7 @@ def record_way(request):
 
     def record(section, way, found):
         if request.config.getoption("--record-ways"):
-            with FileLock(f"{path}.lock"):
+            with FileLock(Path(tempfile.gettempdir()) / "record-ways.lock"):
                 known = json.loads(path.read_text()) if path.exists() else {}
                 known.setdefault(section, {})[way] = {name: {key: float(f"{value:.1e}") if isinstance(value, float) else value for key, value in numbers.items()} for name, numbers in found.items()}
                 path.write_text(json.dumps(known, indent=1) + "\n")

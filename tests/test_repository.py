@@ -1,4 +1,6 @@
 "Facts about the repository as a whole: what is generated agrees with what it is generated from, and every notebook can be found on the site."
+import ast
+import json
 import re
 import subprocess
 import sys
@@ -62,6 +64,34 @@ def test_sidebar_and_notebooks_agree():
     found = [p.relative_to(NBS) for p in NBS.rglob("*.ipynb")]
     found = [p.as_posix() for p in found if not any(part.startswith(("_", ".")) for part in p.parts)]
     assert sorted(listed) == sorted([*found, "changelog.md"]), "sidebar in _quarto.yml (left) and notebooks under nbs/ (right)"
+
+
+def prints(source):
+    "Whether a cell prints when it runs: outside of the functions and classes that it defines."
+    try:
+        waiting = [*ast.parse(source).body]
+    except SyntaxError:  # a magic
+        return False
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "print" and not any(keyword.arg == "file" for keyword in node.keywords):
+            return True
+        if not isinstance(node, (ast.FunctionDef, ast.ClassDef, ast.Lambda)):
+            waiting += ast.iter_child_nodes(node)
+    return False
+
+
+def test_pages_show_what_their_cells_printed_and_no_warnings():
+    silent, noisy = [], []
+    for path in NBS.rglob("*.ipynb"):
+        for cell in json.loads(path.read_text(encoding="utf-8"))["cells"] if not any(part.startswith((".", "_")) for part in path.relative_to(NBS).parts) else ():
+            source = "".join(cell["source"])
+            if cell["cell_type"] != "code" or re.search(r"^#\|\s*(hide|export\w*|eval: false|gpu)\b", source, re.MULTILINE):
+                continue
+            printed = "".join("".join(out.get("text", "")) for out in cell["outputs"])
+            silent += [(path.name, source[:60])] if prints(source) and not cell["outputs"] else []
+            noisy += [(path.name, line[:100]) for line in printed.splitlines() if re.search(r"\b\w*Warning: |^W\d{4} ", line)]
+    assert not silent and not noisy, (silent, noisy)
 
 
 def test_site_is_configured_in_one_place():
