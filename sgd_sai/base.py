@@ -79,12 +79,9 @@ class BaseOptimizer(ExactState):
     ):
         "Raise `ValueError` for a hyperparameter out of range; subclasses fill this in."
 
-    pieces = {}  # filled by sharded.register_fsdp1
-
     def add_param_group(self, param_group:dict):
         "As in PyTorch, and the group's hyperparameters are checked."
         super().add_param_group(param_group)
-        self.__dict__.setdefault('_shapes', set()).update(p.shape for p in self.param_groups[-1]['params'])
         try: self.check(self.param_groups[-1])
         except Exception:
             self.param_groups.pop()

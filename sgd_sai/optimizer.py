@@ -13,6 +13,7 @@ from typing import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim.optimizer import _use_grad_for_differentiable
 
 from .base import BaseOptimizer, average_dtype, check_lr, check_range, closure_loss, lr_of, shrink_
@@ -199,7 +200,7 @@ def _check_whole(opt:BaseOptimizer, pending:list[tuple[Tensor, dict]]):
         if is_piece(p) and p not in opt.pieces:
             raise RuntimeError(f'{opt.name_of(p)} is a piece that FSDP1 has cut, and a piece has another g-SNR than the whole tensor. Call sgd_sai.sharded.register_fsdp1(optimizer, model), once. {use}')
         if p in opt.pieces and callable(group['scale']): raise RuntimeError(f'a function as scale would see a piece of {opt.name_of(p)}. {use}')
-        if known and p.ndim == 1 and p.numel() > 1 and p.shape not in known and p not in opt.pieces:
+        if known and None not in known and p.ndim == 1 and p.numel() > 1 and p.shape not in known and p not in opt.pieces:
             raise RuntimeError(f'{opt.name_of(p)}, a vector of {p.numel()}, was no parameter when this optimizer was made: a wrapper has put a flat partition (ZeRO) in place of parameters, and has lost what '
                                f'tensors it is made of. {use}; or let the wrapper keep whole tensors, as torch.distributed.optim.ZeroRedundancyOptimizer does; or build the optimizer anew, if you have changed the shape yourself')
 
@@ -362,6 +363,12 @@ def _convert(state:dict, p:Tensor, group:dict):
 class ScaledOptimizer(BaseOptimizer):
     "What `SGDSaI` keeps per parameter: a constant scale and a momentum, and how both are shown, set, saved and loaded."
     blank = False # whether some scales are 0, which means 'not measured yet': see start
+    pieces = {}   # filled by sharded.register_fsdp1
+
+    def add_param_group(self, param_group:dict):
+        "As in PyTorch; the shapes are noted, so that vectors in the place of parameters are recognized."
+        super().add_param_group(param_group)
+        self.__dict__.setdefault('_shapes', set()).update(None if is_lazy(p) else p.shape for p in self.param_groups[-1]['params'])
 
     def scales(self) -> dict[str, float]: # by parameter name; parameters that have not started are missing
         "The scale of every parameter that has one, before any division by the largest."

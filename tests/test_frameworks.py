@@ -154,3 +154,12 @@ def test_a_subclass_of_parameter_that_stores_nothing_else_is_an_ordinary_one(dty
         ends.append(p.detach())
     torch.testing.assert_close(*ends, rtol=1e-6 if dtype == torch.float32 else 0, atol=1e-6 if dtype == torch.float32 else 0)  # in bfloat16 both compute in float32 and round once
     assert type(p) is Marked
+
+
+def test_lazy_modules_may_get_their_shapes_later():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 2))
+    opt = SGDSaI(model.named_parameters())
+    model(torch.randn(3, 5)).square().sum().backward()
+    opt.step()
+    assert len(opt.scales()) == 4

@@ -190,6 +190,8 @@ class ZeroRedundancy(DDP):
 class Sharded(DataParallel):
     "FSDP2, saved with torch.distributed.checkpoint."
 
+    options = StateDictOptions()
+
     def mesh(self):
         from torch.distributed.device_mesh import init_device_mesh
 
@@ -204,17 +206,21 @@ class Sharded(DataParallel):
         return fully_shard(net, mesh=mesh)
 
     def save(self, model, opt, folder):
-        weights, state = get_state_dict(model, opt)
+        weights, state = get_state_dict(model, opt, options=self.options)
         dcp.save({"model": weights, "optimizer": state}, checkpoint_id=folder)
 
     def load(self, model, opt, folder):
-        weights, state = get_state_dict(model, opt)
+        weights, state = get_state_dict(model, opt, options=self.options)
         both = {"model": weights, "optimizer": state}
         dcp.load(both, checkpoint_id=folder)
-        set_state_dict(model, opt, model_state_dict=both["model"], optim_state_dict=both["optimizer"])
+        set_state_dict(model, opt, model_state_dict=both["model"], optim_state_dict=both["optimizer"], options=self.options)
 
 
 class Hybrid(Sharded):
+    "Saved in the flat form, that large trainers use."
+
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+
     def mesh(self):
         from torch.distributed.device_mesh import init_device_mesh
 
