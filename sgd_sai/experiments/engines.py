@@ -6,7 +6,7 @@
 __all__ = ['ENGINES', 'Job', 'Outcome', 'one_line', 'attempt', 'here', 'together', 'side_by_side', 'on_ray', 'train_all']
 
 # %% ../../nbs/experiments/03a_engines.ipynb #38db9828
-import errno, multiprocessing, os, signal, threading
+import errno, multiprocessing, os, signal, threading, time
 from collections import deque
 from contextlib import ExitStack, contextmanager, nullcontext
 from multiprocessing.connection import wait
@@ -81,13 +81,15 @@ def together(
     job:Job, task:Task, data:Data, on_step:Callable=lambda spec, step, loss, metrics: None, # as in here
 ) -> Iterator[Outcome]:
     "Train each run in all processes that a launcher has started."
-    for spec in specs:
-        with claimed(job.folder, spec, patient) if is_main() else nullcontext(True) as mine:
+    def work(spec):
+        with claimed(job.folder, spec) if is_main() else nullcontext(True) as mine:
             state = agreed('busy' if not mine else 'found' if not job.fresh and is_main() and load_run(job.folder, spec) else '')
-            if not state:
-                record = train(task, data, spec, job.device, lambda *now: on_step(spec, *now), tracking=job.tracking)
-                done = _guarded(job, spec, lambda: _keep(job, spec, lambda: record)) if is_main() else None
-            yield agreed(done) if not state else Outcome(spec, state)
+            if state: return Outcome(spec, state)
+            record = train(task, data, spec, job.device, lambda *now: on_step(spec, *now), tracking=job.tracking)
+            return agreed(_guarded(job, spec, lambda: _keep(job, spec, lambda: record)) if is_main() else None)
+    for spec in specs:
+        while (outcome := work(spec)).state == 'busy' and patient: time.sleep(1)       # while the main process waits for a lock, the others would give up
+        yield outcome
 
 # %% ../../nbs/experiments/03a_engines.ipynb #325b893b
 def _end_with_parent():

@@ -8,7 +8,7 @@ __all__ = ['SCHEMA', 'RunSpec', 'environment', 'check_writable', 'run_path', 'wr
 
 # %% ../../nbs/experiments/01_runs.ipynb #4583fb25
 import hashlib, json, os, platform, subprocess, tempfile, time, warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Iterator
@@ -119,7 +119,7 @@ def claimed(
         return
     try: yield True
     finally:
-        place.unlink(missing_ok=True)
+        with suppress(OSError): place.unlink()                 # Windows has to leave it
         lock.release()
 
 def sweep_up(
