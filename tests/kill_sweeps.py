@@ -1,4 +1,4 @@
-"""Kill a sweep twenty times, some of them in the middle of writing a file, and see what is left: `python tests/kill_sweeps.py FOLDER` prints what it counted as JSON.
+"""Kill a sweep twenty times, at random moments of up to three runs, some of them in the middle of writing a file, and see what is left: `python tests/kill_sweeps.py FOLDER` prints what it counted as JSON.
 
 Everything is imported and loaded once; each attempt is a fork, which begins to train at once. With one thread per process nothing is lost in a fork.
 """
@@ -6,6 +6,7 @@ import json
 import os
 import random
 import signal
+import statistics
 import sys
 import time
 import warnings
@@ -23,12 +24,12 @@ SWEEP = Sweep("digits-vit", ["sgd_sai", "adamw"], seeds=10, steps=3, batch_size=
 
 
 def attempt(folder, marker):
-    "A fork that sweeps; with a marker it says when it is about to finish a file, and takes its time."
+    "A fork that sweeps; with a marker it says when it is about to finish its first file, and never does."
     pid = os.fork()
     if pid:
         return pid
     if marker:
-        runs.os.fsync = lambda fd: (Path(marker).touch(), time.sleep(0.3))
+        runs.os.fsync = lambda fd: (Path(marker).touch(), time.sleep(600))
     run_sweep(SWEEP, folder, device="cpu")
     os._exit(0)
 
@@ -43,21 +44,27 @@ def files(folder):
     return found
 
 
+def wait_for(done):
+    deadline = time.monotonic() + 60
+    while not done():
+        assert time.monotonic() < deadline, "the sweep does not go on"
+        time.sleep(0.005)
+
+
 def main(root):
     torch.set_num_threads(1)
     draw, folder, marker = random.Random(0), Path(root) / "killed", Path(root) / "writing"
     straight = run_sweep(SWEEP, Path(root) / "straight", device="cpu")
+    ends = sorted(path.stat().st_mtime for path in Path(root).glob("straight/*/*.json"))
+    one = statistics.median(b - a for a, b in zip(ends, ends[1:]))  # seconds of a run
     counted = {"kills": 0, "in_writing": 0, "rewritten": 0, "temporary_files": 0}
     known = {}
     for i in range(KILLS):
         writing = i % 3 == 1 and counted["in_writing"] < IN_WRITING
         marker.unlink(missing_ok=True)
         pid = attempt(folder, marker if writing else None)
-        deadline = time.monotonic() + 60
-        while writing and not marker.exists():
-            assert time.monotonic() < deadline, "nothing was left to be written"
-            time.sleep(0.005)
-        time.sleep(draw.uniform(0, 0.25 if writing else 0.8))
+        wait_for(marker.exists if writing else lambda enough=len(known) + draw.randint(0, 2): len(list(folder.glob("*/*.json"))) >= enough)
+        time.sleep(draw.uniform(0, one))
         os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
         counted["kills"] += os.WIFSIGNALED(status)

@@ -40,13 +40,14 @@ def test_twenty_kills_lose_nothing_and_double_nothing(tmp_path):
     done = subprocess.run([sys.executable, str(Path(__file__).parent / "kill_sweeps.py"), str(tmp_path)], env=ENVIRONMENT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     counted = json.loads(done.stdout.splitlines()[-1])
-    assert counted["kills"] == 20 and counted["in_writing"] == 7 == counted["temporary_files"] and counted["finished_before_the_end"] > 5
+    assert counted["kills"] == 20 and counted["in_writing"] == 7 <= counted["temporary_files"]  # a kill at a random moment may come while a file is written too
+    assert 5 < counted["finished_before_the_end"] < 40
     assert counted["lost"] == counted["duplicated"] == counted["failures"] == counted["different"] == 0
     assert counted["trained_at_the_end"] == counted["runs"] - counted["finished_before_the_end"] and counted["runs"] == 40
 
 
 def test_two_sweeps_in_one_folder_share_the_work(tmp_path):
-    file = written(tmp_path, seeds=3, steps=15)
+    file = written(tmp_path, seeds=3, steps=30)
     both = [started("-m", "sgd_sai", "sweep", file, "--out", tmp_path / "runs", "--device", "cpu") for _ in range(2)]
     said = [process.communicate(timeout=240)[0] for process in both]
     assert [process.returncode for process in both] == [0, 0], said
