@@ -10,10 +10,10 @@ __all__ = ['TABLE', 'BLOCK', 'noise', 'round_stochastically_', 'encode_', 'decod
 from typing import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .pieces import WIDE, is_foreign, pieces, same_layout
-from .sharded import is_sharded, local
+from .sharded import local
 
 # %% ../nbs/95_low_bits.ipynb #8026474d
 TABLE = 1 << 19  # entries of the table of noise, 2 MB on each device that rounds

@@ -1,5 +1,4 @@
 "Ways of training in one process, each measured against the equations in the same loop. See ways.py."
-import copy
 import sys
 import tempfile
 import warnings
@@ -16,7 +15,7 @@ from sgd_sai.adan import adan_reference
 from sgd_sai.optimizer import sgd_sai_reference
 
 sys.path.insert(0, str(Path(__file__).parent))
-from ways import OPTIMIZERS, SAVES, STEPS, UNFREEZE, Block, Net, Way, clean, run  # noqa: E402
+from ways import OPTIMIZERS, SAVES, STEPS, UNFREEZE, Net, Way, run  # noqa: E402
 
 
 class Equations(torch.optim.Optimizer):

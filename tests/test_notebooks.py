@@ -30,10 +30,10 @@ def as_param(path):
     return pytest.param(path, id=path.relative_to(NBS).with_suffix("").as_posix(), marks=marks)
 
 
-def run_alone(path, out):
-    "Exit code of a notebook in a process that starts from nothing, with its GPU cells; None when it takes too long. A GPU that has been looked at does not survive a fork."
+def run_alone(path, out, gpu):
+    "Exit code of a notebook in a process that starts from nothing; None when it takes too long."
     with open(out, "w") as file:
-        command = [sys.executable, str(ROOT / "tests" / "run_notebook.py"), str(path), "--gpu"]
+        command = [sys.executable, str(ROOT / "tests" / "run_notebook.py"), str(path), *["--gpu"] * gpu]
         try:
             return subprocess.run(command, cwd=path.parent, env=ENVIRONMENT, stdout=file, stderr=subprocess.STDOUT, timeout=TIMEOUT).returncode
         except subprocess.TimeoutExpired:
@@ -61,8 +61,8 @@ def run_forked(path, out):
 def test_notebook(path, tmp_path):
     import torch
 
-    out = tmp_path / "printed"
-    code = (run_alone if torch.cuda.is_available() else run_forked)(path, out)
+    out, gpu = tmp_path / "printed", torch.cuda.is_available()  # a GPU that has been looked at does not survive a fork
+    code = run_forked(path, out) if sys.platform == "linux" and not gpu else run_alone(path, out, gpu)
     if code is None:
         pytest.fail(f"still running after {TIMEOUT} seconds", pytrace=False)
     if code:

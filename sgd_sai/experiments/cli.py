@@ -14,7 +14,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from .processes import count, is_main, join
+from .processes import is_main, join
 from .tasks import UsageError, unknown
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode='rich',

@@ -6,9 +6,10 @@
 __all__ = ['ENGINES', 'Job', 'Outcome', 'one_line', 'attempt', 'here', 'together', 'side_by_side', 'on_ray', 'train_all']
 
 # %% ../../nbs/experiments/03a_engines.ipynb #38db9828
-import errno, multiprocessing, os, signal, threading, time
+import multiprocessing, os, signal, threading, time
 from collections import deque
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, nullcontext
+from functools import cache
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple
@@ -145,13 +146,17 @@ def side_by_side(
             process.join()
 
 # %% ../../nbs/experiments/03a_engines.ipynb #349de29d
+@cache
+def _data_there(name:str, data_dir) -> Data:
+    "The data of a task, loaded once by each of Ray's processes."
+    return get_task(name).load(data_dir)
+
 def _remote_run(job:Job, spec:RunSpec) -> dict:
     "One run, where Ray has put it."
     torch.set_num_threads(1)
-    task, loaded = get_task(job.task), _remote_run.__dict__
-    if loaded.get('key') != (job.task, job.data_dir): loaded.update(key=(job.task, job.data_dir), data=task.load(job.data_dir))      # once per process of Ray's
-    if loaded['data'].digest != spec.data: raise UsageError(f"the data of {job.task} on this machine are others ({loaded['data'].digest}) than those where the sweep was started ({spec.data})")
-    return train(task, loaded['data'], spec, job.device)
+    data = _data_there(job.task, job.data_dir)
+    if data.digest != spec.data: raise UsageError(f'the data of {job.task} on this machine are others ({data.digest}) than those where the sweep was started ({spec.data})')
+    return train(get_task(job.task), data, spec, job.device)
 
 def _ray_cluster(address:str|None):
     "The module `ray`, connected; to a cluster of this machine where there is no other. Raises `ImportError` with the command that installs it."
