@@ -16,7 +16,7 @@ from torch.optim.optimizer import _use_grad_for_differentiable
 
 from .base import AveragingOptimizer, average_dtype, check_betas, check_lr, check_range, closure_loss, debias, lr_of, shrink_
 from .pieces import PIECE, SMALL, in_float32, pieces, plain, real
-from .sharded import add_up, aligned, cuts, is_piece, local
+from .sharded import add_up, aligned, any_sharded, cuts, is_piece, local
 
 # %% ../nbs/02_adan.ipynb #34d71fd8
 def adan_reference(
@@ -143,7 +143,8 @@ def _step_together(opt:AveragingOptimizer, group:dict, params:list, lr):
     factors = [_factors(state['step'] if stays else state['step'].item(), lr=-lr if group['maximize'] else lr, betas=group['betas']) for state in states]
     decay, late = lr * group['weight_decay'] if group['weight_decay'] else None, not group['no_prox']
     how = dict(betas=group['betas'], eps=group['eps'], before=None if late else decay, after=decay / (1 + decay) if late and decay is not None else None)
-    tensors = [tuple(map(local, (p, aligned(p.grad, p), *(state[key] for key in ('exp_avg', 'exp_avg_diff', 'exp_avg_sq', 'neg_pre_grad'))))) for p, state in zip(params, states)]
+    tensors = [(p, aligned(p.grad, p), *(state[key] for key in ('exp_avg', 'exp_avg_diff', 'exp_avg_sq', 'neg_pre_grad'))) for p, state in zip(params, states)]
+    if any_sharded(params): tensors = [tuple(map(local, some)) for some in tensors]
     paths = [torch.zeros_like(state['path']) for state in states] if group['restart_radius'] is not None else [None] * len(states)
     _apply(group, tensors, factors, paths, how)
     if group['restart_radius'] is not None: _lengthen(params, states, paths)

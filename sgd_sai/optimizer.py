@@ -20,7 +20,7 @@ from .base import BaseOptimizer, average_dtype, check_lr, check_range, closure_l
 from .gsnr import gsnr, gsnr_values
 from .low_bits import decoded, start_momentum, step_in_few_bits
 from .pieces import PIECE, SMALL, WIDE, in_float32, is_foreign, pieces, plain, real, same_layout
-from .sharded import add_up, aligned, as_whole, cuts, is_flat, is_piece, local
+from .sharded import add_up, aligned, any_sharded, as_whole, cuts, is_flat, is_piece, local
 
 # %% ../nbs/01_optimizer.ipynb #7fbb8d6d
 def sgd_sai_reference(
@@ -248,7 +248,10 @@ def gather(
     opt:BaseOptimizer,
 ) -> Gathered:
     "What has a gradient. Raises `RuntimeError` for a sparse one."
-    found = [(group, [(p, aligned(p.grad, p), opt.state.get(p)) for p in opt.with_grad(group)]) for group in opt.param_groups]
+    def members(params):
+        spread = any_sharded(params)
+        return [(p, aligned(p.grad, p) if spread else p.grad, opt.state.get(p)) for p in params]
+    found = [(group, members(list(opt.with_grad(group)))) for group in opt.param_groups]
     if any(p.device.type not in ('cpu', 'cuda') for group, members in found if group['fused'] for p, *_ in members):
         raise RuntimeError('`fused=True` requires all the params to be floating point Tensors of supported devices')
     return found
@@ -332,7 +335,7 @@ def _step_group(opt:BaseOptimizer, group:dict, members:list[tuple], largest):
     for (_, p_dtype, m_dtype), alike in together.items():
         params, grads, bufs, scales, states = map(list, zip(*alike))
         rounding = _rounding(group, p_dtype, m_dtype)
-        if not group['differentiable'] and not rounding: params, grads, bufs = ([local(t) for t in column] for column in (params, grads, bufs))
+        if not group['differentiable'] and not rounding and any_sharded(params): params, grads, bufs = ([local(t) for t in column] for column in (params, grads, bufs))
         if rounding: _step_few_bits(opt, list(zip(params, grads, states, scales)), rounding, **how)
         else:
             step = _implementation(params, grads, bufs, foreach=group['foreach'], fused=group['fused'], differentiable=group['differentiable'],
