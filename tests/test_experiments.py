@@ -50,7 +50,7 @@ def test_interrupted_comparison_keeps_finished_runs_and_goes_on(tmp_path):
     assert done and len(finished) < 4, output
     assert process.returncode == 130 and "goes on" in output and "Traceback" not in output
 
-    again = CliRunner().invoke(app, [*COMPARE, "--out", str(tmp_path)])
+    again = CliRunner().invoke(app, [*COMPARE, "--out", str(tmp_path), "--workers", "1"])
     assert again.exit_code == 0, again.output
     assert len(list(tmp_path.glob("digits-vit/*.json"))) == 4
     assert all((tmp_path / "digits-vit" / name).stat().st_mtime_ns == when for name, when in finished.items())

@@ -45,7 +45,7 @@ def server():
     "The process that notebooks are forked from; one for each worker of pytest."
     command = [sys.executable, str(ROOT / "tests" / "run_notebook.py"), "--serve", str(TIMEOUT)]
     process = subprocess.Popen(command, env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    atexit.register(process.kill)
+    atexit.register(process.communicate)  # which ends its input, and so the process
     assert process.stdout.readline() == "ready\n"
     return process
 

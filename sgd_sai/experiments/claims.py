@@ -65,7 +65,7 @@ def _ratio(path, first, second):
 
 def _state_shares(first, second):
     "State of one optimizer over that of another, for each model of the SGD-SaI paper; and the bytes."
-    sizes = {name: [state_size(optimizer, dict(named_shapes(name)), torch.float32) for optimizer in (first, second)] for name in PAPER_MODELS}
+    sizes = {name: [state_size(optimizer, shapes, torch.float32) for optimizer in (first, second)] for name in PAPER_MODELS for shapes in [named_shapes(name)]}
     return [a / b for a, b in sizes.values()], sizes
 
 # %% ../../nbs/experiments/15a_claims.ipynb #651a6f07

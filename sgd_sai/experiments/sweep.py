@@ -115,6 +115,7 @@ def _scaled(task:Task, name:str, point:dict, factor:float) -> dict:
 def expand(
     sweep:Sweep, data:Data,
     folder=None, # of the run files, among which a sweep with best_of finds the runs it chooses from
+    check:bool=True, # build every optimizer once, to see that its settings are right
 ) -> list[RunSpec]: # without duplicates
     "The runs of a sweep in the order of training: seeds outermost, then the expensive ones first. Raises `UsageError` for what is wrong."
     task, specs = get_task(sweep.task), []
@@ -128,7 +129,7 @@ def expand(
             changes = _scaled(task, name, point, factor * (size / task.batch_size) ** power)
             specs.append(make_spec(task, data, name, seed, steps, sweep.precision, size, **changes))
     for spec in specs:
-        if not spec.seed: check_spec(spec)                     # the others differ from one of these by their seed
+        if check and not spec.seed: check_spec(spec)           # the others differ from one of these by their seed
     return list({spec.key: spec for spec in sorted(specs, key=lambda spec: (spec.seed, -cost(spec)))}.values())
 
 # %% ../../nbs/experiments/06_sweep.ipynb #fd8fb810
@@ -154,7 +155,7 @@ def best_settings(
     folder, # of the run files
 ) -> dict[str, dict]: # optimizer -> hyperparameters
     "`best_of_runs` of a sweep that has been trained. Raises `UsageError` when runs are missing."
-    runs = [load_run(folder, spec) for spec in expand(sweep, data, folder)]
+    runs = [load_run(folder, spec) for spec in expand(sweep, data, folder, check=False)]
     if None in runs: raise UsageError(f'{runs.count(None)} of the {len(runs)} runs that the best settings are to be chosen from are not in {folder}: train that sweep first')
     return best_of_runs(get_task(sweep.task), runs)
 
@@ -245,7 +246,7 @@ def recorded_runs(
     sweep = read_sweep(path)
     runs = {run['key']: run for run in load_runs(folder, sweep.task)}
     prints = dict.fromkeys(run['data'] for run in runs.values()) or ['']
-    specs = expand(sweep, Data(range(items), range(0), {}, list(prints)[-1]), folder)
+    specs = expand(sweep, Data(range(items), range(0), {}, list(prints)[-1]), folder, check=False)
     missing, place = [spec for spec in specs if spec.key not in runs], f'{Path(path).parent.name}/{Path(path).name}'
     if missing: raise FileNotFoundError(f'{len(missing)} of {len(specs)} runs of {place} are missing; train them with: sgd-sai sweep {place} --out {Path(folder).name}')
     return [runs[spec.key] for spec in specs]
