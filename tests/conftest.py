@@ -19,9 +19,15 @@ def cuda_available():
     return torch.cuda.is_available()
 
 
+def turn(item):
+    "What takes long comes first, the longest before all others, so that several workers end together."
+    if "tutorials/" in item.nodeid or item.path.stem in ("test_ways", "test_site"):
+        return 0
+    return 1 if item.get_closest_marker("notebook") or item.path.stem == "test_faults" else 2
+
+
 def pytest_collection_modifyitems(config, items):
-    # what takes long comes first, so that several workers end together
-    items.sort(key=lambda item: not (item.get_closest_marker("notebook") or item.path.stem in ("test_ways", "test_faults", "test_site")))
+    items.sort(key=turn)
     if config.getoption("--gpu"):
         if not cuda_available():
             raise pytest.UsageError("--gpu: torch finds no CUDA device here")
