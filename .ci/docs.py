@@ -5,6 +5,7 @@ nbdev's own command would also write README.md, by Quarto, and so differently on
 import argparse
 import html
 import json
+import logging
 import os
 import re
 import shutil
@@ -27,7 +28,8 @@ def process(builder):
 
     refresh_quarto_yml()
     _build_modidx()
-    proc, cfg = proc_nbs(force=True), get_config()
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # where torchao is installed, importing transformers would put a warning for its authors on pages
+    proc, cfg = proc_nbs(force=True, n_workers=0), get_config()  # in this process, so that libraries are imported once
     for page in proc.rglob("*.ipynb"):
         text = page.read_text(encoding="utf-8")
         text = re.sub(r"\{\{<\s*var\s+(\w+)\s*>\}\}", lambda m: str(cfg[m[1]]), text)
@@ -103,3 +105,5 @@ def main():
 
 if __name__ == "__main__":
     main()
+    sys.stdout.flush()
+    os._exit(0)  # without IPython's farewell, which collects garbage once for each notebook, half a minute in all
