@@ -130,6 +130,7 @@ def _step_group(opt:AveragingOptimizer, group:dict):
         together.setdefault((p.device, p.dtype), []).append(p)
     for params in together.values(): (_step_differentiable if group['differentiable'] else _step_together)(opt, group, params, lr)
 
+# %% ../nbs/02_adan.ipynb #961450c4
 @torch._disable_dynamo
 def _lengthen(params:list, states:list, lengths:list):
     "Add the lengths of this step to the paths; those of sharded parameters are added up between the processes first."

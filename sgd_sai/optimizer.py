@@ -271,6 +271,7 @@ def _with_pieces(opt:BaseOptimizer, pending:list[tuple[Tensor, dict]]) -> list[t
     return [(p, group) for group in opt.param_groups for p in group['params']
             if p in asked or p in opt.pieces and p.grad is None and p.requires_grad and 'gsnr' not in opt.state.get(p, ())]
 
+# %% ../nbs/01_optimizer.ipynb #8a8e2b6e
 @torch.no_grad()
 def start(
     opt:BaseOptimizer, # holds groups with scale, eps, max_ratio and capturable

@@ -166,6 +166,7 @@ def _ray_cluster(address:str|None):
     if not ray.is_initialized(): ray.init(address, include_dashboard=None if address else False, log_to_driver=False, logging_level='error', configure_logging=False)
     return ray
 
+# %% ../../nbs/experiments/03a_engines.ipynb #2ab420d1
 def on_ray(
     specs:list[RunSpec], patient:bool,
     job:Job,
