@@ -1,4 +1,6 @@
-"Every notebook under nbs/ is one test: it runs from top to bottom, in its own process and in its own folder, as in Jupyter."
+"""Every notebook under nbs/ is one test: it runs from top to bottom, in its own process and in its own folder, as in
+Jupyter, and prints what is saved in it."""
+
 import atexit
 import functools
 import json
@@ -9,33 +11,30 @@ import sys
 from pathlib import Path
 
 import pytest
+from pages import cells, notebooks, page_name
 
-ROOT = Path(__file__).resolve().parents[1]
-NBS = ROOT / "nbs"
+RUNNER = Path(__file__).parent / "run_notebook.py"
 TIMEOUT = 30 * 60  # seconds; a notebook that needs longer hangs
 ENVIRONMENT = {**os.environ, "MPLBACKEND": "agg"}
 
 
-def notebooks():
-    return sorted(p for p in NBS.rglob("*.ipynb") if not any(part.startswith(("_", ".")) for part in p.relative_to(NBS).parts))
-
-
 def has_gpu_cells(path):
-    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
-    return any(c["cell_type"] == "code" and re.search(r"^#\s*\|\s*gpu\b", "".join(c["source"]), re.MULTILINE) for c in cells)
+    return any(re.search(r"^#\s*\|\s*gpu\b", source, re.MULTILINE) for _, source in cells(path, "code"))
 
 
 def as_param(path):
     marks = [pytest.mark.notebook] + [pytest.mark.gpu] * has_gpu_cells(path)
-    return pytest.param(path, id=path.relative_to(NBS).with_suffix("").as_posix(), marks=marks)
+    return pytest.param(path, id=page_name(path), marks=marks)
 
 
 def run_alone(path, out, gpu):
     "Exit code of a notebook in a process that starts from nothing; None when it takes too long."
     with open(out, "w") as file:
-        command = [sys.executable, str(ROOT / "tests" / "run_notebook.py"), str(path), *["--gpu"] * gpu]
+        command = [sys.executable, str(RUNNER), str(path), *["--gpu"] * gpu]
         try:
-            return subprocess.run(command, cwd=path.parent, env=ENVIRONMENT, stdout=file, stderr=subprocess.STDOUT, timeout=TIMEOUT).returncode
+            return subprocess.run(
+                command, cwd=path.parent, env=ENVIRONMENT, stdout=file, stderr=subprocess.STDOUT, timeout=TIMEOUT
+            ).returncode
         except subprocess.TimeoutExpired:
             return None
 
@@ -43,7 +42,7 @@ def run_alone(path, out, gpu):
 @functools.cache
 def server():
     "The process that notebooks are forked from; one for each worker of pytest."
-    command = [sys.executable, str(ROOT / "tests" / "run_notebook.py"), "--serve", str(TIMEOUT)]
+    command = [sys.executable, str(RUNNER), "--serve", str(TIMEOUT)]
     process = subprocess.Popen(command, env=ENVIRONMENT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     atexit.register(process.communicate)  # which ends its input, and so the process
     assert process.stdout.readline() == "ready\n"
