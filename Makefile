@@ -10,7 +10,7 @@ py := $(bin)/python
 sources := settings.ini setup.py pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help compare test test-gpu docs readme export check clean
+.PHONY: help compare test test-gpu docs readme export outputs lint check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -31,14 +31,24 @@ docs: $(VENV)/.dev ## build the site into _docs/, by Quarto where present, other
 readme: $(VENV)/.dev ## write README.md from nbs/index.ipynb
 	$(py) .ci/readme.py
 
-export: $(VENV)/.dev ## write sgd_sai/ and README.md from the notebooks, and clean the notebooks
+export: $(VENV)/.dev ## write sgd_sai/ and README.md from the notebooks, and clean and format what is written
 	$(bin)/nbdev_export
 	$(bin)/nbdev_clean
+	$(bin)/ruff check --quiet --fix --select I sgd_sai
+	$(bin)/ruff format --quiet sgd_sai
 	$(py) .ci/readme.py
 	$(py) .ci/colab.py
 
-check: $(VENV)/.dev ## fail if `make export` would change anything
-	$(py) .ci/check.py
+outputs: $(VENV)/.dev ## run notebooks and save what they print (ARGS: their names; default: all, which takes a while)
+	$(py) .ci/outputs.py $(ARGS)
+
+lint: $(VENV)/.dev ## check code and notebooks with ruff
+	$(bin)/ruff check
+	$(bin)/ruff format --check
+
+check: export lint ## fail if `make export` changed anything that git knows, or if ruff has something to say
+	git add --intent-to-add nbs sgd_sai README.md
+	git diff --exit-code --stat -- nbs sgd_sai README.md
 
 clean: ## remove what was built; .venv, data/ and runs/ stay
 	rm -rf _proc _docs build dist *.egg-info .pytest_cache .hypothesis nbs/nbdev.yml

@@ -1,4 +1,5 @@
 "Everything about the distribution is read from settings.ini; this file only hands it to setuptools."
+
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -18,7 +19,16 @@ suffix = "_requirements"
 extras = {key.removesuffix(suffix): lines(key) for key in cfg if key.endswith(suffix)}
 extras["dev"] = sorted(set().union(*extras.values()))
 
-stages = ["", "1 - Planning", "2 - Pre-Alpha", "3 - Alpha", "4 - Beta", "5 - Production/Stable", "6 - Mature", "7 - Inactive"]
+stages = [
+    "",
+    "1 - Planning",
+    "2 - Pre-Alpha",
+    "3 - Alpha",
+    "4 - Beta",
+    "5 - Production/Stable",
+    "6 - Mature",
+    "7 - Inactive",
+]
 licenses = {"apache2": "Apache-2.0", "mit": "MIT"}
 readme = here / "README.md"
 docs_url = cfg["doc_host"] + cfg["doc_baseurl"]

@@ -1,4 +1,6 @@
-"What several test files share: small models with the gradients of training them, runs that feed given gradients, journeys of an optimizer, memory, processes."
+"""What several test files share: small models with the gradients of training them, runs that feed given gradients,
+copies of an optimizer by pickle, deepcopy and state_dict, memory layouts, processes."""
+
 import copy
 import io
 import pickle
@@ -8,8 +10,6 @@ import torch
 import torch.multiprocessing as mp
 from torch import nn
 from torch.optim import SGD
-
-from sgd_sai.experiments.cost import allocated_peak as peak_of_new_memory  # noqa: F401  (shared by the tests of memory)
 
 STEPS, TOLERANCE = 20, 1e-6
 
@@ -38,8 +38,15 @@ class ConvNet(nn.Sequential):
     "Convolutions with and without bias, batch norm, a linear layer: 10 classes from 12x12 pictures."
 
     def __init__(self):
-        super().__init__(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.GELU(), nn.Conv2d(8, 16, 3, stride=2), nn.GELU(),
-                         nn.Flatten(), nn.Linear(256, 10))
+        super().__init__(
+            nn.Conv2d(3, 8, 3, bias=False),
+            nn.BatchNorm2d(8),
+            nn.GELU(),
+            nn.Conv2d(8, 16, 3, stride=2),
+            nn.GELU(),
+            nn.Flatten(),
+            nn.Linear(256, 10),
+        )
 
     @staticmethod
     def batch():
@@ -52,7 +59,9 @@ class TransformerBlock(nn.Module):
     def __init__(self):
         super().__init__()
         self.embed = nn.Embedding(20, 16)
-        self.block = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, activation="gelu", batch_first=True, norm_first=True)
+        self.block = nn.TransformerEncoderLayer(
+            16, 2, 32, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
         self.head = nn.Linear(16, 20)
 
     def forward(self, x):
@@ -69,7 +78,9 @@ def same_start(model_class):
 
 
 def recorded_gradients(model_class):
-    "The gradients of 20 steps of training: the same for all, since a model that trains itself would amplify the rounding of its processor."
+    """The gradients of 20 steps of training.
+
+    All optimizers are given the same: a model that trains itself would amplify the rounding of its processor."""
     torch.manual_seed(1)
     batches = [model_class.batch() for _ in range(STEPS)]
     model, grads = same_start(model_class), []
@@ -86,7 +97,7 @@ def train(model, step, grads):
     "The parameters after each step."
     path = []
     for given in grads:
-        for p, g in zip(model.parameters(), given):
+        for p, g in zip(model.parameters(), given, strict=True):
             p.grad = g.to(p.dtype, copy=True)
         step()
         path.append({name: p.detach().clone() for name, p in model.named_parameters()})
@@ -96,7 +107,7 @@ def train(model, step, grads):
 def assert_same_path(mine, theirs):
     "Equal to 1e-6 of the largest entry of each tensor after each step, and something happened."
     assert len(mine) == len(theirs)
-    for t, (p, q) in enumerate(zip(mine, theirs)):
+    for t, (p, q) in enumerate(zip(mine, theirs, strict=True)):
         for name in q:
             off = (p[name].double() - q[name]).abs().max() / q[name].abs().max()
             assert off <= TOLERANCE, f"step {t}, {name}: off by {off:.1e}"
@@ -130,11 +141,21 @@ each_travel = pytest.mark.parametrize("travel", [through_pickle, through_deepcop
 
 
 LAYOUTS = {  # of a 4-D parameter, and of its gradient
-    "channels_last": (lambda t: t.contiguous(memory_format=torch.channels_last), lambda t: t.contiguous(memory_format=torch.channels_last)),
+    "channels_last": (
+        lambda t: t.contiguous(memory_format=torch.channels_last),
+        lambda t: t.contiguous(memory_format=torch.channels_last),
+    ),
     "transposed": (lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),) * 2,
     "gradient laid out otherwise": (lambda t: t, lambda t: t.contiguous(memory_format=torch.channels_last)),
     "with gaps": (lambda t: torch.stack([t, t], -1)[..., 0], lambda t: t),
 }
+
+
+def peak_of_new_memory(f):
+    "Bytes that calling `f` allocates at most at one time."
+    from sgd_sai.benchmarks.measuring import allocated_peak
+
+    return allocated_peak(f)
 
 
 def on_two_processes(target, folder):

@@ -9,8 +9,14 @@ import pytest
 
 
 def pytest_addoption(parser):
-    parser.addoption("--record-ways", action="store_true", help="write what the tests of ways of training find to results/ways.json")
-    parser.addoption("--gpu", action="store_true", help="run only what has something to do on a CUDA device, and fail if there is none")
+    parser.addoption(
+        "--record-ways", action="store_true", help="write what the tests of ways of training find to results/ways.json"
+    )
+    parser.addoption(
+        "--gpu",
+        action="store_true",
+        help="run only what has something to do on a CUDA device, and fail if there is none",
+    )
 
 
 def cuda_available():
@@ -44,23 +50,36 @@ def pytest_collection_modifyitems(config, items):
 
 @pytest.fixture
 def record_way(request):
-    "A function (section, way, optimizer -> numbers) that holds what was found against results/ways.json, or with --record-ways writes it there."
+    """A function of section, way, and the numbers by optimizer.
+
+    It compares the numbers with results/ways.json, or writes them there with --record-ways."""
     from filelock import FileLock
 
     path = Path(__file__).resolve().parents[1] / "results" / "ways.json"
 
     def verdicts(found):
-        return {name: {key: value for key, value in numbers.items() if isinstance(value, bool)} for name, numbers in found.items()}
+        return {
+            name: {key: value for key, value in numbers.items() if isinstance(value, bool)}
+            for name, numbers in found.items()
+        }
 
     def record(section, way, found):
         if request.config.getoption("--record-ways"):
             with FileLock(Path(tempfile.gettempdir()) / "record-ways.lock"):
                 known = json.loads(path.read_text()) if path.exists() else {}
-                known.setdefault(section, {})[way] = {name: {key: float(f"{value:.1e}") if isinstance(value, float) else value for key, value in numbers.items()} for name, numbers in found.items()}
+                known.setdefault(section, {})[way] = {
+                    name: {
+                        key: float(f"{value:.1e}") if isinstance(value, float) else value
+                        for key, value in numbers.items()
+                    }
+                    for name, numbers in found.items()
+                }
                 path.write_text(json.dumps(known, indent=1) + "\n")
         else:
             known = json.loads(path.read_text())
-            assert verdicts(known[section][way]) == verdicts(found), "results/ways.json says something else; --record-ways writes it anew"
+            assert verdicts(known[section][way]) == verdicts(found), (
+                "results/ways.json says something else; --record-ways writes it anew"
+            )
 
     return record
 
@@ -74,15 +93,15 @@ def seeded():
 
 @pytest.fixture
 def kernels_for_small_tensors_too(monkeypatch):
-    "Leave the shortcut for small tensors to very small ones, so that the other implementations see the models of the tests."
+    "Lower the limit of the shortcut for small tensors, so that the other implementations see the models of the tests."
     import sgd_sai.adan
-    import sgd_sai.optimizer
+    import sgd_sai.kernels
 
-    for module in (sgd_sai.adan, sgd_sai.optimizer):
-        monkeypatch.setattr(module, "SMALL", 4)
+    for module in (sgd_sai.adan, sgd_sai.kernels):
+        monkeypatch.setattr(module, "SINGLE_CORE_MAX", 4)
 
 
-# --- data of the same form as those that are not at hand ------------------------------------------------------------------
+# --- data of the same form as those that are downloaded -------------------------------------------------------------
 
 
 @pytest.fixture
@@ -93,8 +112,12 @@ def fashion(tmp_path):
     raw, random = tmp_path / "FashionMNIST" / "raw", np.random.default_rng(0)
     raw.mkdir(parents=True)
     for part, n in (("train", 96), ("t10k", 32)):
-        (raw / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">IIII", 2051, n, 28, 28) + random.integers(0, 256, n * 784, dtype=np.uint8).tobytes())
-        (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 2049, n) + random.integers(0, 10, n, dtype=np.uint8).tobytes())
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(
+            struct.pack(">IIII", 2051, n, 28, 28) + random.integers(0, 256, n * 784, dtype=np.uint8).tobytes()
+        )
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(
+            struct.pack(">II", 2049, n) + random.integers(0, 10, n, dtype=np.uint8).tobytes()
+        )
     return tmp_path
 
 
@@ -112,7 +135,10 @@ def cifar(tmp_path, monkeypatch):
         return [name, hashlib.md5((folder / name).read_bytes()).hexdigest()]
 
     def batch():
-        return {"data": random.integers(0, 256, (100, 3072), dtype=np.uint8), "labels": random.integers(0, 10, 100).tolist()}
+        return {
+            "data": random.integers(0, 256, (100, 3072), dtype=np.uint8),
+            "labels": random.integers(0, 10, 100).tolist(),
+        }
 
     CIFAR10 = torchvision.datasets.CIFAR10
     monkeypatch.setattr(CIFAR10, "train_list", [put(f"data_batch_{i}", batch()) for i in range(1, 6)])
