@@ -20,15 +20,25 @@ __all__ = [
 ]
 
 # %% ../nbs/optimizers/public_names.ipynb #1d8e4947
-from .adahessian import AdaHessian
-from .adan import Adan
-from .gsnr import gsnr
-from .gsnr_of_models import average_gsnr, gsnr_batches, gsnr_table
-from .internals.sharding import register_fsdp1
-from .muon_sai import MuonSaI
-from .scale_rules import SCALE_RULES, register_scale_rule
-from .sgd_sai import SGD_sai, SGDSaI
-from .step_in_backward import StepInBackward
+import sys
+from importlib import import_module
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sgd_sai.adahessian import AdaHessian as AdaHessian
+    from sgd_sai.adan import Adan as Adan
+    from sgd_sai.gsnr import gsnr as gsnr
+    from sgd_sai.gsnr_of_models import average_gsnr as average_gsnr
+    from sgd_sai.gsnr_of_models import gsnr_batches as gsnr_batches
+    from sgd_sai.gsnr_of_models import gsnr_table as gsnr_table
+    from sgd_sai.internals.sharding import register_fsdp1 as register_fsdp1
+    from sgd_sai.muon_sai import MuonSaI as MuonSaI
+    from sgd_sai.scale_rules import SCALE_RULES as SCALE_RULES
+    from sgd_sai.scale_rules import register_scale_rule as register_scale_rule
+    from sgd_sai.sgd_sai import SGD_sai as SGD_sai
+    from sgd_sai.sgd_sai import SGDSaI as SGDSaI
+    from sgd_sai.step_in_backward import StepInBackward as StepInBackward
 
 __version__ = "0.1.0"
 
@@ -47,6 +57,47 @@ _all_ = [
     "register_scale_rule",
     "register_fsdp1",
 ]
+
+# %% ../nbs/optimizers/public_names.ipynb #835e2db4
+_HOMES = {  # public name -> module
+    "SGDSaI": "sgd_sai",
+    "SGD_sai": "sgd_sai",
+    "StepInBackward": "step_in_backward",
+    "MuonSaI": "muon_sai",
+    "Adan": "adan",
+    "AdaHessian": "adahessian",
+    "gsnr": "gsnr",
+    "gsnr_table": "gsnr_of_models",
+    "gsnr_batches": "gsnr_of_models",
+    "average_gsnr": "gsnr_of_models",
+    "SCALE_RULES": "scale_rules",
+    "register_scale_rule": "scale_rules",
+    "register_fsdp1": "internals.sharding",
+}
+
+
+class _Package(ModuleType):
+    "This package, which imports its public names when one of them is first asked for."
+
+    def __getattr__(self, name: str):
+        if not name.startswith("_"):
+            for public, home in _HOMES.items():
+                setattr(self, public, getattr(import_module(f"{__name__}.{home}"), public))
+        if name not in vars(self):
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return vars(self)[name]
+
+    def __setattr__(self, name: str, value):
+        if not (name in _HOMES and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+    def __dir__(self) -> list[str]:
+        return sorted({*vars(self), *_HOMES})
+
+
+# %% ../nbs/optimizers/public_names.ipynb #5a900e3b
+#| eval: false
+sys.modules[__name__].__class__ = _Package
 
 
 # %% ../nbs/optimizers/public_names.ipynb #59d01c58

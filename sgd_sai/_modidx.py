@@ -22,29 +22,33 @@ d = {
             ),
             "sgd_sai.adahessian._check": ("optimizers/adahessian.html#_check", "sgd_sai/adahessian.py"),
             "sgd_sai.adahessian._check_finite": ("optimizers/adahessian.html#_check_finite", "sgd_sai/adahessian.py"),
-            "sgd_sai.adahessian._check_graphs": ("optimizers/adahessian.html#_check_graphs", "sgd_sai/adahessian.py"),
-            "sgd_sai.adahessian._checked_defaults": (
-                "optimizers/adahessian.html#_checked_defaults",
+            "sgd_sai.adahessian._check_same_everywhere": (
+                "optimizers/adahessian.html#_check_same_everywhere",
                 "sgd_sai/adahessian.py",
             ),
             "sgd_sai.adahessian._curvature": ("optimizers/adahessian.html#_curvature", "sgd_sai/adahessian.py"),
-            "sgd_sai.adahessian._drop_graphs": ("optimizers/adahessian.html#_drop_graphs", "sgd_sai/adahessian.py"),
             "sgd_sai.adahessian._estimate_curvature": (
                 "optimizers/adahessian.html#_estimate_curvature",
                 "sgd_sai/adahessian.py",
             ),
             "sgd_sai.adahessian._getstate": ("optimizers/adahessian.html#_getstate", "sgd_sai/adahessian.py"),
+            "sgd_sai.adahessian._hyperparameters": (
+                "optimizers/adahessian.html#_hyperparameters",
+                "sgd_sai/adahessian.py",
+            ),
             "sgd_sai.adahessian._init_state": ("optimizers/adahessian.html#_init_state", "sgd_sai/adahessian.py"),
             "sgd_sai.adahessian._is_checkpoint_probe": (
                 "optimizers/adahessian.html#_is_checkpoint_probe",
                 "sgd_sai/adahessian.py",
             ),
+            "sgd_sai.adahessian._is_own_group": ("optimizers/adahessian.html#_is_own_group", "sgd_sai/adahessian.py"),
             "sgd_sai.adahessian._loss_scale": ("optimizers/adahessian.html#_loss_scale", "sgd_sai/adahessian.py"),
             "sgd_sai.adahessian._needs_graph": ("optimizers/adahessian.html#_needs_graph", "sgd_sai/adahessian.py"),
             "sgd_sai.adahessian._restored_state": (
                 "optimizers/adahessian.html#_restored_state",
                 "sgd_sai/adahessian.py",
             ),
+            "sgd_sai.adahessian._state_shapes": ("optimizers/adahessian.html#_state_shapes", "sgd_sai/adahessian.py"),
             "sgd_sai.adahessian._step": ("optimizers/adahessian.html#_step", "sgd_sai/adahessian.py"),
             "sgd_sai.adahessian._step_group": ("optimizers/adahessian.html#_step_group", "sgd_sai/adahessian.py"),
             "sgd_sai.adahessian._step_param": ("optimizers/adahessian.html#_step_param", "sgd_sai/adahessian.py"),
@@ -66,28 +70,46 @@ d = {
         "sgd_sai.adan": {
             "sgd_sai.adan.Adan": ("optimizers/adan.html#adan", "sgd_sai/adan.py"),
             "sgd_sai.adan.Adan.__init__": ("optimizers/adan.html#adan.__init__", "sgd_sai/adan.py"),
-            "sgd_sai.adan.Adan.load_state_dict": ("optimizers/adan.html#adan.load_state_dict", "sgd_sai/adan.py"),
+            "sgd_sai.adan.Adan.is_own_group": ("optimizers/adan.html#adan.is_own_group", "sgd_sai/adan.py"),
             "sgd_sai.adan.Adan.restart": ("optimizers/adan.html#adan.restart", "sgd_sai/adan.py"),
             "sgd_sai.adan.Adan.step": ("optimizers/adan.html#adan.step", "sgd_sai/adan.py"),
             "sgd_sai.adan._add_path_lengths": ("optimizers/adan.html#_add_path_lengths", "sgd_sai/adan.py"),
-            "sgd_sai.adan._can_foreach": ("optimizers/adan.html#_can_foreach", "sgd_sai/adan.py"),
-            "sgd_sai.adan._checked_defaults": ("optimizers/adan.html#_checked_defaults", "sgd_sai/adan.py"),
-            "sgd_sai.adan._convert_released_state": ("optimizers/adan.html#_convert_released_state", "sgd_sai/adan.py"),
+            "sgd_sai.adan._check_groups": ("optimizers/adan.html#_check_groups", "sgd_sai/adan.py"),
+            "sgd_sai.adan._check_same_everywhere": ("optimizers/adan.html#_check_same_everywhere", "sgd_sai/adan.py"),
+            "sgd_sai.adan._converted": ("optimizers/adan.html#_converted", "sgd_sai/adan.py"),
             "sgd_sai.adan._decay_options": ("optimizers/adan.html#_decay_options", "sgd_sai/adan.py"),
-            "sgd_sai.adan._for_loop": ("optimizers/adan.html#_for_loop", "sgd_sai/adan.py"),
-            "sgd_sai.adan._foreach": ("optimizers/adan.html#_foreach", "sgd_sai/adan.py"),
+            "sgd_sai.adan._fits": ("optimizers/adan.html#_fits", "sgd_sai/adan.py"),
+            "sgd_sai.adan._hyperparameters": ("optimizers/adan.html#_hyperparameters", "sgd_sai/adan.py"),
             "sgd_sai.adan._init_group": ("optimizers/adan.html#_init_group", "sgd_sai/adan.py"),
             "sgd_sai.adan._init_state": ("optimizers/adan.html#_init_state", "sgd_sai/adan.py"),
             "sgd_sai.adan._restart_long_paths": ("optimizers/adan.html#_restart_long_paths", "sgd_sai/adan.py"),
+            "sgd_sai.adan._state_shapes": ("optimizers/adan.html#_state_shapes", "sgd_sai/adan.py"),
             "sgd_sai.adan._step": ("optimizers/adan.html#_step", "sgd_sai/adan.py"),
             "sgd_sai.adan._step_differentiable": ("optimizers/adan.html#_step_differentiable", "sgd_sai/adan.py"),
-            "sgd_sai.adan._step_factors": ("optimizers/adan.html#_step_factors", "sgd_sai/adan.py"),
             "sgd_sai.adan._step_group": ("optimizers/adan.html#_step_group", "sgd_sai/adan.py"),
             "sgd_sai.adan._step_in_place": ("optimizers/adan.html#_step_in_place", "sgd_sai/adan.py"),
-            "sgd_sai.adan._step_tensor": ("optimizers/adan.html#_step_tensor", "sgd_sai/adan.py"),
-            "sgd_sai.adan._step_tensors": ("optimizers/adan.html#_step_tensors", "sgd_sai/adan.py"),
             "sgd_sai.adan.adan_reference": ("optimizers/adan.html#adan_reference", "sgd_sai/adan.py"),
             "sgd_sai.adan.check_adan": ("optimizers/adan.html#check_adan", "sgd_sai/adan.py"),
+        },
+        "sgd_sai.adan_kernels": {
+            "sgd_sai.adan_kernels._can_foreach": (
+                "optimizers/adan_kernels.html#_can_foreach",
+                "sgd_sai/adan_kernels.py",
+            ),
+            "sgd_sai.adan_kernels._for_loop": ("optimizers/adan_kernels.html#_for_loop", "sgd_sai/adan_kernels.py"),
+            "sgd_sai.adan_kernels._foreach": ("optimizers/adan_kernels.html#_foreach", "sgd_sai/adan_kernels.py"),
+            "sgd_sai.adan_kernels._step_tensor": (
+                "optimizers/adan_kernels.html#_step_tensor",
+                "sgd_sai/adan_kernels.py",
+            ),
+            "sgd_sai.adan_kernels.adan_factors": (
+                "optimizers/adan_kernels.html#adan_factors",
+                "sgd_sai/adan_kernels.py",
+            ),
+            "sgd_sai.adan_kernels.step_adan_tensors": (
+                "optimizers/adan_kernels.html#step_adan_tensors",
+                "sgd_sai/adan_kernels.py",
+            ),
         },
         "sgd_sai.analysis.claims": {
             "sgd_sai.analysis.claims._batch_claim": ("analysis/claims.html#_batch_claim", "sgd_sai/analysis/claims.py"),
@@ -805,8 +827,16 @@ d = {
                 "benchmarks/step_time.html#_compiled",
                 "sgd_sai/benchmarks/step_time.py",
             ),
+            "sgd_sai.benchmarks.step_time._count_rounds": (
+                "benchmarks/step_time.html#_count_rounds",
+                "sgd_sai/benchmarks/step_time.py",
+            ),
             "sgd_sai.benchmarks.step_time._one_line": (
                 "benchmarks/step_time.html#_one_line",
+                "sgd_sai/benchmarks/step_time.py",
+            ),
+            "sgd_sai.benchmarks.step_time._reference_step": (
+                "benchmarks/step_time.html#_reference_step",
                 "sgd_sai/benchmarks/step_time.py",
             ),
             "sgd_sai.benchmarks.step_time._row": ("benchmarks/step_time.html#_row", "sgd_sai/benchmarks/step_time.py"),
@@ -992,6 +1022,10 @@ d = {
                 "benchmarks/training_step.html#_random_tokens",
                 "sgd_sai/benchmarks/training_step.py",
             ),
+            "sgd_sai.benchmarks.training_step._times": (
+                "benchmarks/training_step.html#_times",
+                "sgd_sai/benchmarks/training_step.py",
+            ),
             "sgd_sai.benchmarks.training_step.own_times": (
                 "benchmarks/training_step.html#own_times",
                 "sgd_sai/benchmarks/training_step.py",
@@ -1013,8 +1047,16 @@ d = {
                 "sgd_sai/benchmarks/training_step.py",
             ),
         },
-        "sgd_sai.cli.app": {"sgd_sai.cli.app.run_app": ("cli/app.html#run_app", "sgd_sai/cli/app.py")},
+        "sgd_sai.cli.app": {
+            "sgd_sai.cli.app._print_version": ("cli/app.html#_print_version", "sgd_sai/cli/app.py"),
+            "sgd_sai.cli.app.options_of_all": ("cli/app.html#options_of_all", "sgd_sai/cli/app.py"),
+            "sgd_sai.cli.app.run_app": ("cli/app.html#run_app", "sgd_sai/cli/app.py"),
+        },
         "sgd_sai.cli.gsnr_commands": {
+            "sgd_sai.cli.gsnr_commands._check_figure": (
+                "cli/gsnr_commands.html#_check_figure",
+                "sgd_sai/cli/gsnr_commands.py",
+            ),
             "sgd_sai.cli.gsnr_commands._check_gsnr_options": (
                 "cli/gsnr_commands.html#_check_gsnr_options",
                 "sgd_sai/cli/gsnr_commands.py",
@@ -1095,19 +1137,18 @@ d = {
             ),
         },
         "sgd_sai.cli.options": {
+            "sgd_sai.cli.options._message": ("cli/options.html#_message", "sgd_sai/cli/options.py"),
+            "sgd_sai.cli.options._paragraph": ("cli/options.html#_paragraph", "sgd_sai/cli/options.py"),
             "sgd_sai.cli.options.in_words": ("cli/options.html#in_words", "sgd_sai/cli/options.py"),
             "sgd_sai.cli.options.one_of": ("cli/options.html#one_of", "sgd_sai/cli/options.py"),
             "sgd_sai.cli.options.parse_settings": ("cli/options.html#parse_settings", "sgd_sai/cli/options.py"),
+            "sgd_sai.cli.options.print_table": ("cli/options.html#print_table", "sgd_sai/cli/options.py"),
             "sgd_sai.cli.options.progress_bar": ("cli/options.html#progress_bar", "sgd_sai/cli/options.py"),
             "sgd_sai.cli.options.save_record": ("cli/options.html#save_record", "sgd_sai/cli/options.py"),
             "sgd_sai.cli.options.split_names": ("cli/options.html#split_names", "sgd_sai/cli/options.py"),
             "sgd_sai.cli.options.tracking_of": ("cli/options.html#tracking_of", "sgd_sai/cli/options.py"),
         },
         "sgd_sai.cli.train_commands": {
-            "sgd_sai.cli.train_commands._check_precision": (
-                "cli/train_commands.html#_check_precision",
-                "sgd_sai/cli/train_commands.py",
-            ),
             "sgd_sai.cli.train_commands._default_workers": (
                 "cli/train_commands.html#_default_workers",
                 "sgd_sai/cli/train_commands.py",
@@ -1147,6 +1188,51 @@ d = {
             "sgd_sai.cli.train_commands.tasks_command": (
                 "cli/train_commands.html#tasks_command",
                 "sgd_sai/cli/train_commands.py",
+            ),
+        },
+        "sgd_sai.experiments.attempts": {
+            "sgd_sai.experiments.attempts.Job": ("experiments/attempts.html#job", "sgd_sai/experiments/attempts.py"),
+            "sgd_sai.experiments.attempts.Outcome": (
+                "experiments/attempts.html#outcome",
+                "sgd_sai/experiments/attempts.py",
+            ),
+            "sgd_sai.experiments.attempts._lost": (
+                "experiments/attempts.html#_lost",
+                "sgd_sai/experiments/attempts.py",
+            ),
+            "sgd_sai.experiments.attempts.attempt": (
+                "experiments/attempts.html#attempt",
+                "sgd_sai/experiments/attempts.py",
+            ),
+            "sgd_sai.experiments.attempts.is_made": (
+                "experiments/attempts.html#is_made",
+                "sgd_sai/experiments/attempts.py",
+            ),
+            "sgd_sai.experiments.attempts.make_and_save": (
+                "experiments/attempts.html#make_and_save",
+                "sgd_sai/experiments/attempts.py",
+            ),
+            "sgd_sai.experiments.attempts.one_line": (
+                "experiments/attempts.html#one_line",
+                "sgd_sai/experiments/attempts.py",
+            ),
+            "sgd_sai.experiments.attempts.save_outcome": (
+                "experiments/attempts.html#save_outcome",
+                "sgd_sai/experiments/attempts.py",
+            ),
+            "sgd_sai.experiments.attempts.train_run": (
+                "experiments/attempts.html#train_run",
+                "sgd_sai/experiments/attempts.py",
+            ),
+        },
+        "sgd_sai.experiments.choices": {
+            "sgd_sai.experiments.choices.check_device": (
+                "experiments/choices.html#check_device",
+                "sgd_sai/experiments/choices.py",
+            ),
+            "sgd_sai.experiments.choices.optimizer_help": (
+                "experiments/choices.html#optimizer_help",
+                "sgd_sai/experiments/choices.py",
             ),
         },
         "sgd_sai.experiments.compare": {
@@ -1200,11 +1286,6 @@ d = {
             ),
         },
         "sgd_sai.experiments.engines": {
-            "sgd_sai.experiments.engines.Job": ("experiments/engines.html#job", "sgd_sai/experiments/engines.py"),
-            "sgd_sai.experiments.engines.Outcome": (
-                "experiments/engines.html#outcome",
-                "sgd_sai/experiments/engines.py",
-            ),
             "sgd_sai.experiments.engines._attempt_together": (
                 "experiments/engines.html#_attempt_together",
                 "sgd_sai/experiments/engines.py",
@@ -1220,15 +1301,6 @@ d = {
             ),
             "sgd_sai.experiments.engines._end_with_parent": (
                 "experiments/engines.html#_end_with_parent",
-                "sgd_sai/experiments/engines.py",
-            ),
-            "sgd_sai.experiments.engines._is_made": (
-                "experiments/engines.html#_is_made",
-                "sgd_sai/experiments/engines.py",
-            ),
-            "sgd_sai.experiments.engines._lost": ("experiments/engines.html#_lost", "sgd_sai/experiments/engines.py"),
-            "sgd_sai.experiments.engines._make_and_save": (
-                "experiments/engines.html#_make_and_save",
                 "sgd_sai/experiments/engines.py",
             ),
             "sgd_sai.experiments.engines._ray_cluster": (
@@ -1247,7 +1319,6 @@ d = {
                 "experiments/engines.html#_result",
                 "sgd_sai/experiments/engines.py",
             ),
-            "sgd_sai.experiments.engines._save": ("experiments/engines.html#_save", "sgd_sai/experiments/engines.py"),
             "sgd_sai.experiments.engines._start_worker": (
                 "experiments/engines.html#_start_worker",
                 "sgd_sai/experiments/engines.py",
@@ -1257,16 +1328,8 @@ d = {
                 "sgd_sai/experiments/engines.py",
             ),
             "sgd_sai.experiments.engines._work": ("experiments/engines.html#_work", "sgd_sai/experiments/engines.py"),
-            "sgd_sai.experiments.engines.attempt": (
-                "experiments/engines.html#attempt",
-                "sgd_sai/experiments/engines.py",
-            ),
             "sgd_sai.experiments.engines.here": ("experiments/engines.html#here", "sgd_sai/experiments/engines.py"),
             "sgd_sai.experiments.engines.on_ray": ("experiments/engines.html#on_ray", "sgd_sai/experiments/engines.py"),
-            "sgd_sai.experiments.engines.one_line": (
-                "experiments/engines.html#one_line",
-                "sgd_sai/experiments/engines.py",
-            ),
             "sgd_sai.experiments.engines.side_by_side": (
                 "experiments/engines.html#side_by_side",
                 "sgd_sai/experiments/engines.py",
@@ -1287,6 +1350,50 @@ d = {
             ),
             "sgd_sai.experiments.errors.unknown": ("experiments/errors.html#unknown", "sgd_sai/experiments/errors.py"),
         },
+        "sgd_sai.experiments.handing_over": {
+            "sgd_sai.experiments.handing_over.Thing": (
+                "experiments/handing_over.html#thing",
+                "sgd_sai/experiments/handing_over.py",
+            ),
+            "sgd_sai.experiments.handing_over._needed": (
+                "experiments/handing_over.html#_needed",
+                "sgd_sai/experiments/handing_over.py",
+            ),
+            "sgd_sai.experiments.handing_over._not_sent": (
+                "experiments/handing_over.html#_not_sent",
+                "sgd_sai/experiments/handing_over.py",
+            ),
+            "sgd_sai.experiments.handing_over._reason": (
+                "experiments/handing_over.html#_reason",
+                "sgd_sai/experiments/handing_over.py",
+            ),
+            "sgd_sai.experiments.handing_over._rules_named": (
+                "experiments/handing_over.html#_rules_named",
+                "sgd_sai/experiments/handing_over.py",
+            ),
+            "sgd_sai.experiments.handing_over.register_things": (
+                "experiments/handing_over.html#register_things",
+                "sgd_sai/experiments/handing_over.py",
+            ),
+            "sgd_sai.experiments.handing_over.things_to_send": (
+                "experiments/handing_over.html#things_to_send",
+                "sgd_sai/experiments/handing_over.py",
+            ),
+        },
+        "sgd_sai.experiments.hyperparameters": {
+            "sgd_sai.experiments.hyperparameters._plain": (
+                "experiments/hyperparameters.html#_plain",
+                "sgd_sai/experiments/hyperparameters.py",
+            ),
+            "sgd_sai.experiments.hyperparameters._recorded": (
+                "experiments/hyperparameters.html#_recorded",
+                "sgd_sai/experiments/hyperparameters.py",
+            ),
+            "sgd_sai.experiments.hyperparameters.parse_hyperparameters": (
+                "experiments/hyperparameters.html#parse_hyperparameters",
+                "sgd_sai/experiments/hyperparameters.py",
+            ),
+        },
         "sgd_sai.experiments.muon_adamw": {
             "sgd_sai.experiments.muon_adamw.MuonAdamW": (
                 "experiments/muon_adamw.html#muonadamw",
@@ -1298,6 +1405,10 @@ d = {
             ),
             "sgd_sai.experiments.muon_adamw.MuonAdamW.step": (
                 "experiments/muon_adamw.html#muonadamw.step",
+                "sgd_sai/experiments/muon_adamw.py",
+            ),
+            "sgd_sai.experiments.muon_adamw._state_shapes": (
+                "experiments/muon_adamw.html#_state_shapes",
                 "sgd_sai/experiments/muon_adamw.py",
             ),
         },
@@ -1390,6 +1501,10 @@ d = {
             ),
         },
         "sgd_sai.experiments.optimizers": {
+            "sgd_sai.experiments.optimizers._check_kind": (
+                "experiments/optimizers.html#_check_kind",
+                "sgd_sai/experiments/optimizers.py",
+            ),
             "sgd_sai.experiments.optimizers._checked_settings": (
                 "experiments/optimizers.html#_checked_settings",
                 "sgd_sai/experiments/optimizers.py",
@@ -1398,8 +1513,8 @@ d = {
                 "experiments/optimizers.html#_decay_groups",
                 "sgd_sai/experiments/optimizers.py",
             ),
-            "sgd_sai.experiments.optimizers._dtype": (
-                "experiments/optimizers.html#_dtype",
+            "sgd_sai.experiments.optimizers._is_number": (
+                "experiments/optimizers.html#_is_number",
                 "sgd_sai/experiments/optimizers.py",
             ),
             "sgd_sai.experiments.optimizers._po_entry": (
@@ -1428,10 +1543,6 @@ d = {
             ),
             "sgd_sai.experiments.optimizers.has_own_color": (
                 "experiments/optimizers.html#has_own_color",
-                "sgd_sai/experiments/optimizers.py",
-            ),
-            "sgd_sai.experiments.optimizers.optimizer_help": (
-                "experiments/optimizers.html#optimizer_help",
                 "sgd_sai/experiments/optimizers.py",
             ),
             "sgd_sai.experiments.optimizers.optimizer_label": (
@@ -1496,6 +1607,10 @@ d = {
                 "experiments/plugins.html#_load_entry_points",
                 "sgd_sai/experiments/plugins.py",
             ),
+            "sgd_sai.experiments.plugins._noting": (
+                "experiments/plugins.html#_noting",
+                "sgd_sai/experiments/plugins.py",
+            ),
             "sgd_sai.experiments.plugins._paths_of_environment": (
                 "experiments/plugins.html#_paths_of_environment",
                 "sgd_sai/experiments/plugins.py",
@@ -1512,6 +1627,20 @@ d = {
             "sgd_sai.experiments.plugins.plugin_environment": (
                 "experiments/plugins.html#plugin_environment",
                 "sgd_sai/experiments/plugins.py",
+            ),
+            "sgd_sai.experiments.plugins.registries": (
+                "experiments/plugins.html#registries",
+                "sgd_sai/experiments/plugins.py",
+            ),
+        },
+        "sgd_sai.experiments.precision": {
+            "sgd_sai.experiments.precision.in_bfloat16": (
+                "experiments/precision.html#in_bfloat16",
+                "sgd_sai/experiments/precision.py",
+            ),
+            "sgd_sai.experiments.precision.make_accelerator": (
+                "experiments/precision.html#make_accelerator",
+                "sgd_sai/experiments/precision.py",
             ),
         },
         "sgd_sai.experiments.processes": {
@@ -1569,12 +1698,20 @@ d = {
                 "experiments/progress.html#_lines.show",
                 "sgd_sai/experiments/progress.py",
             ),
+            "sgd_sai.experiments.progress._columns": (
+                "experiments/progress.html#_columns",
+                "sgd_sai/experiments/progress.py",
+            ),
             "sgd_sai.experiments.progress._metric_text": (
                 "experiments/progress.html#_metric_text",
                 "sgd_sai/experiments/progress.py",
             ),
             "sgd_sai.experiments.progress._outcome_text": (
                 "experiments/progress.html#_outcome_text",
+                "sgd_sai/experiments/progress.py",
+            ),
+            "sgd_sai.experiments.progress._run_label": (
+                "experiments/progress.html#_run_label",
                 "sgd_sai/experiments/progress.py",
             ),
             "sgd_sai.experiments.progress._run_text": (
@@ -1612,7 +1749,61 @@ d = {
                 "sgd_sai/experiments/repeat.py",
             ),
         },
+        "sgd_sai.experiments.run_records": {
+            "sgd_sai.experiments.run_records._is_count": (
+                "experiments/run_records.html#_is_count",
+                "sgd_sai/experiments/run_records.py",
+            ),
+            "sgd_sai.experiments.run_records._is_environment": (
+                "experiments/run_records.html#_is_environment",
+                "sgd_sai/experiments/run_records.py",
+            ),
+            "sgd_sai.experiments.run_records._is_evaluation": (
+                "experiments/run_records.html#_is_evaluation",
+                "sgd_sai/experiments/run_records.py",
+            ),
+            "sgd_sai.experiments.run_records._is_history": (
+                "experiments/run_records.html#_is_history",
+                "sgd_sai/experiments/run_records.py",
+            ),
+            "sgd_sai.experiments.run_records._is_mapping": (
+                "experiments/run_records.html#_is_mapping",
+                "sgd_sai/experiments/run_records.py",
+            ),
+            "sgd_sai.experiments.run_records._is_metrics": (
+                "experiments/run_records.html#_is_metrics",
+                "sgd_sai/experiments/run_records.py",
+            ),
+            "sgd_sai.experiments.run_records._is_number": (
+                "experiments/run_records.html#_is_number",
+                "sgd_sai/experiments/run_records.py",
+            ),
+            "sgd_sai.experiments.run_records._is_optional_number": (
+                "experiments/run_records.html#_is_optional_number",
+                "sgd_sai/experiments/run_records.py",
+            ),
+            "sgd_sai.experiments.run_records._is_text": (
+                "experiments/run_records.html#_is_text",
+                "sgd_sai/experiments/run_records.py",
+            ),
+            "sgd_sai.experiments.run_records._is_times": (
+                "experiments/run_records.html#_is_times",
+                "sgd_sai/experiments/run_records.py",
+            ),
+            "sgd_sai.experiments.run_records.parse_run": (
+                "experiments/run_records.html#parse_run",
+                "sgd_sai/experiments/run_records.py",
+            ),
+            "sgd_sai.experiments.run_records.run_problem": (
+                "experiments/run_records.html#run_problem",
+                "sgd_sai/experiments/run_records.py",
+            ),
+        },
         "sgd_sai.experiments.run_specs": {
+            "sgd_sai.experiments.run_specs.check_run_count": (
+                "experiments/run_specs.html#check_run_count",
+                "sgd_sai/experiments/run_specs.py",
+            ),
             "sgd_sai.experiments.run_specs.check_spec": (
                 "experiments/run_specs.html#check_spec",
                 "sgd_sai/experiments/run_specs.py",
@@ -1629,6 +1820,10 @@ d = {
                 "experiments/run_specs.html#run_cost",
                 "sgd_sai/experiments/run_specs.py",
             ),
+            "sgd_sai.experiments.run_specs.spec_with": (
+                "experiments/run_specs.html#spec_with",
+                "sgd_sai/experiments/run_specs.py",
+            ),
         },
         "sgd_sai.experiments.runs": {
             "sgd_sai.experiments.runs.RunSpec": ("experiments/runs.html#runspec", "sgd_sai/experiments/runs.py"),
@@ -1638,6 +1833,10 @@ d = {
             ),
             "sgd_sai.experiments.runs._lines_of_version": (
                 "experiments/runs.html#_lines_of_version",
+                "sgd_sai/experiments/runs.py",
+            ),
+            "sgd_sai.experiments.runs._packed_line": (
+                "experiments/runs.html#_packed_line",
                 "sgd_sai/experiments/runs.py",
             ),
             "sgd_sai.experiments.runs._read_file": ("experiments/runs.html#_read_file", "sgd_sai/experiments/runs.py"),
@@ -1665,7 +1864,6 @@ d = {
                 "experiments/runs.html#packed_path",
                 "sgd_sai/experiments/runs.py",
             ),
-            "sgd_sai.experiments.runs.parse_run": ("experiments/runs.html#parse_run", "sgd_sai/experiments/runs.py"),
             "sgd_sai.experiments.runs.read_run": ("experiments/runs.html#read_run", "sgd_sai/experiments/runs.py"),
             "sgd_sai.experiments.runs.remove_partial_files": (
                 "experiments/runs.html#remove_partial_files",
@@ -1843,6 +2041,24 @@ d = {
                 "sgd_sai/experiments/state_rules.py",
             ),
         },
+        "sgd_sai.experiments.strict_json": {
+            "sgd_sai.experiments.strict_json._each": (
+                "experiments/strict_json.html#_each",
+                "sgd_sai/experiments/strict_json.py",
+            ),
+            "sgd_sai.experiments.strict_json._word": (
+                "experiments/strict_json.html#_word",
+                "sgd_sai/experiments/strict_json.py",
+            ),
+            "sgd_sai.experiments.strict_json.from_json": (
+                "experiments/strict_json.html#from_json",
+                "sgd_sai/experiments/strict_json.py",
+            ),
+            "sgd_sai.experiments.strict_json.to_json": (
+                "experiments/strict_json.html#to_json",
+                "sgd_sai/experiments/strict_json.py",
+            ),
+        },
         "sgd_sai.experiments.sweep": {
             "sgd_sai.experiments.sweep.Sweep": ("experiments/sweep.html#sweep", "sgd_sai/experiments/sweep.py"),
             "sgd_sai.experiments.sweep.Sweep.__post_init__": (
@@ -1857,6 +2073,10 @@ d = {
                 "experiments/sweep.html#_check_best_of",
                 "sgd_sai/experiments/sweep.py",
             ),
+            "sgd_sai.experiments.sweep._check_kinds": (
+                "experiments/sweep.html#_check_kinds",
+                "sgd_sai/experiments/sweep.py",
+            ),
             "sgd_sai.experiments.sweep._check_names": (
                 "experiments/sweep.html#_check_names",
                 "sgd_sai/experiments/sweep.py",
@@ -1865,18 +2085,27 @@ d = {
                 "experiments/sweep.html#_check_numbers",
                 "sgd_sai/experiments/sweep.py",
             ),
+            "sgd_sai.experiments.sweep._check_size": (
+                "experiments/sweep.html#_check_size",
+                "sgd_sai/experiments/sweep.py",
+            ),
             "sgd_sai.experiments.sweep._grid_points": (
                 "experiments/sweep.html#_grid_points",
                 "sgd_sai/experiments/sweep.py",
             ),
             "sgd_sai.experiments.sweep._lengths": ("experiments/sweep.html#_lengths", "sgd_sai/experiments/sweep.py"),
             "sgd_sai.experiments.sweep._lists": ("experiments/sweep.html#_lists", "sgd_sai/experiments/sweep.py"),
+            "sgd_sai.experiments.sweep._names": ("experiments/sweep.html#_names", "sgd_sai/experiments/sweep.py"),
             "sgd_sai.experiments.sweep._number": ("experiments/sweep.html#_number", "sgd_sai/experiments/sweep.py"),
             "sgd_sai.experiments.sweep._numbers": ("experiments/sweep.html#_numbers", "sgd_sai/experiments/sweep.py"),
             "sgd_sai.experiments.sweep._plan": ("experiments/sweep.html#_plan", "sgd_sai/experiments/sweep.py"),
             "sgd_sai.experiments.sweep._points": ("experiments/sweep.html#_points", "sgd_sai/experiments/sweep.py"),
             "sgd_sai.experiments.sweep._with_lr_times": (
                 "experiments/sweep.html#_with_lr_times",
+                "sgd_sai/experiments/sweep.py",
+            ),
+            "sgd_sai.experiments.sweep._yaml_mapping": (
+                "experiments/sweep.html#_yaml_mapping",
                 "sgd_sai/experiments/sweep.py",
             ),
             "sgd_sai.experiments.sweep.best_of_runs": (
@@ -2401,10 +2630,6 @@ d = {
             "sgd_sai.experiments.train._average_": ("experiments/train.html#_average_", "sgd_sai/experiments/train.py"),
             "sgd_sai.experiments.train._backward": ("experiments/train.html#_backward", "sgd_sai/experiments/train.py"),
             "sgd_sai.experiments.train._clip": ("experiments/train.html#_clip", "sgd_sai/experiments/train.py"),
-            "sgd_sai.experiments.train._in_bfloat16": (
-                "experiments/train.html#_in_bfloat16",
-                "sgd_sai/experiments/train.py",
-            ),
             "sgd_sai.experiments.train._loader": ("experiments/train.html#_loader", "sgd_sai/experiments/train.py"),
             "sgd_sai.experiments.train._parts": ("experiments/train.html#_parts", "sgd_sai/experiments/train.py"),
             "sgd_sai.experiments.train._prepare": ("experiments/train.html#_prepare", "sgd_sai/experiments/train.py"),
@@ -2422,10 +2647,6 @@ d = {
             "sgd_sai.experiments.train.batches": ("experiments/train.html#batches", "sgd_sai/experiments/train.py"),
             "sgd_sai.experiments.train.evaluate": ("experiments/train.html#evaluate", "sgd_sai/experiments/train.py"),
             "sgd_sai.experiments.train.ignore": ("experiments/train.html#ignore", "sgd_sai/experiments/train.py"),
-            "sgd_sai.experiments.train.make_accelerator": (
-                "experiments/train.html#make_accelerator",
-                "sgd_sai/experiments/train.py",
-            ),
             "sgd_sai.experiments.train.one_step": ("experiments/train.html#one_step", "sgd_sai/experiments/train.py"),
             "sgd_sai.experiments.train.quartiles_in_ms": (
                 "experiments/train.html#quartiles_in_ms",
@@ -2436,6 +2657,92 @@ d = {
             "sgd_sai.experiments.train.twice_differentiable": (
                 "experiments/train.html#twice_differentiable",
                 "sgd_sai/experiments/train.py",
+            ),
+        },
+        "sgd_sai.gradient_graphs": {
+            "sgd_sai.gradient_graphs.GradientNotes": (
+                "optimizers/gradient_graphs.html#gradientnotes",
+                "sgd_sai/gradient_graphs.py",
+            ),
+            "sgd_sai.gradient_graphs.GradientNotes.__init__": (
+                "optimizers/gradient_graphs.html#gradientnotes.__init__",
+                "sgd_sai/gradient_graphs.py",
+            ),
+            "sgd_sai.gradient_graphs.GradientNotes.attach": (
+                "optimizers/gradient_graphs.html#gradientnotes.attach",
+                "sgd_sai/gradient_graphs.py",
+            ),
+            "sgd_sai.gradient_graphs.GradientNotes.clear": (
+                "optimizers/gradient_graphs.html#gradientnotes.clear",
+                "sgd_sai/gradient_graphs.py",
+            ),
+            "sgd_sai.gradient_graphs.WatchingOptimizer": (
+                "optimizers/gradient_graphs.html#watchingoptimizer",
+                "sgd_sai/gradient_graphs.py",
+            ),
+            "sgd_sai.gradient_graphs.WatchingOptimizer.__setstate__": (
+                "optimizers/gradient_graphs.html#watchingoptimizer.__setstate__",
+                "sgd_sai/gradient_graphs.py",
+            ),
+            "sgd_sai.gradient_graphs.WatchingOptimizer.add_param_group": (
+                "optimizers/gradient_graphs.html#watchingoptimizer.add_param_group",
+                "sgd_sai/gradient_graphs.py",
+            ),
+            "sgd_sai.gradient_graphs.WatchingOptimizer.watch": (
+                "optimizers/gradient_graphs.html#watchingoptimizer.watch",
+                "sgd_sai/gradient_graphs.py",
+            ),
+            "sgd_sai.gradient_graphs.WatchingOptimizer.zero_grad": (
+                "optimizers/gradient_graphs.html#watchingoptimizer.zero_grad",
+                "sgd_sai/gradient_graphs.py",
+            ),
+            "sgd_sai.gradient_graphs._call_added": (
+                "optimizers/gradient_graphs.html#_call_added",
+                "sgd_sai/gradient_graphs.py",
+            ),
+            "sgd_sai.gradient_graphs._call_coming": (
+                "optimizers/gradient_graphs.html#_call_coming",
+                "sgd_sai/gradient_graphs.py",
+            ),
+            "sgd_sai.gradient_graphs._call_stepped": (
+                "optimizers/gradient_graphs.html#_call_stepped",
+                "sgd_sai/gradient_graphs.py",
+            ),
+            "sgd_sai.gradient_graphs._has_error_node": (
+                "optimizers/gradient_graphs.html#_has_error_node",
+                "sgd_sai/gradient_graphs.py",
+            ),
+            "sgd_sai.gradient_graphs._has_other_hooks": (
+                "optimizers/gradient_graphs.html#_has_other_hooks",
+                "sgd_sai/gradient_graphs.py",
+            ),
+            "sgd_sai.gradient_graphs._is_whole": (
+                "optimizers/gradient_graphs.html#_is_whole",
+                "sgd_sai/gradient_graphs.py",
+            ),
+            "sgd_sai.gradient_graphs._look_at_graph": (
+                "optimizers/gradient_graphs.html#_look_at_graph",
+                "sgd_sai/gradient_graphs.py",
+            ),
+            "sgd_sai.gradient_graphs._lost_graph": (
+                "optimizers/gradient_graphs.html#_lost_graph",
+                "sgd_sai/gradient_graphs.py",
+            ),
+            "sgd_sai.gradient_graphs._note_of": (
+                "optimizers/gradient_graphs.html#_note_of",
+                "sgd_sai/gradient_graphs.py",
+            ),
+            "sgd_sai.gradient_graphs._remove_hooks": (
+                "optimizers/gradient_graphs.html#_remove_hooks",
+                "sgd_sai/gradient_graphs.py",
+            ),
+            "sgd_sai.gradient_graphs.check_graphs": (
+                "optimizers/gradient_graphs.html#check_graphs",
+                "sgd_sai/gradient_graphs.py",
+            ),
+            "sgd_sai.gradient_graphs.drop_graphs": (
+                "optimizers/gradient_graphs.html#drop_graphs",
+                "sgd_sai/gradient_graphs.py",
             ),
         },
         "sgd_sai.gsnr": {
@@ -2478,8 +2785,14 @@ d = {
                 "optimizers/gsnr_of_models.html#gsnrtable.to_pandas",
                 "sgd_sai/gsnr_of_models.py",
             ),
+            "sgd_sai.gsnr_of_models._buffers": ("optimizers/gsnr_of_models.html#_buffers", "sgd_sai/gsnr_of_models.py"),
             "sgd_sai.gsnr_of_models._cells": ("optimizers/gsnr_of_models.html#_cells", "sgd_sai/gsnr_of_models.py"),
+            "sgd_sai.gsnr_of_models._gpus": ("optimizers/gsnr_of_models.html#_gpus", "sgd_sai/gsnr_of_models.py"),
             "sgd_sai.gsnr_of_models._owners": ("optimizers/gsnr_of_models.html#_owners", "sgd_sai/gsnr_of_models.py"),
+            "sgd_sai.gsnr_of_models._put_back": (
+                "optimizers/gsnr_of_models.html#_put_back",
+                "sgd_sai/gsnr_of_models.py",
+            ),
             "sgd_sai.gsnr_of_models.average_gsnr": (
                 "optimizers/gsnr_of_models.html#average_gsnr",
                 "sgd_sai/gsnr_of_models.py",
@@ -2503,10 +2816,12 @@ d = {
         },
         "sgd_sai.hutchinson": {
             "sgd_sai.hutchinson._block_means": ("optimizers/hutchinson.html#_block_means", "sgd_sai/hutchinson.py"),
+            "sgd_sai.hutchinson._explained": ("optimizers/hutchinson.html#_explained", "sgd_sai/hutchinson.py"),
             "sgd_sai.hutchinson.all_reduce_mean": (
                 "optimizers/hutchinson.html#all_reduce_mean",
                 "sgd_sai/hutchinson.py",
             ),
+            "sgd_sai.hutchinson.averaged_shape": ("optimizers/hutchinson.html#averaged_shape", "sgd_sai/hutchinson.py"),
             "sgd_sai.hutchinson.hutchinson_diagonal": (
                 "optimizers/hutchinson.html#hutchinson_diagonal",
                 "sgd_sai/hutchinson.py",
@@ -2525,8 +2840,20 @@ d = {
                 "sgd_sai/init_scales.py",
             ),
             "sgd_sai.init_scales._as_state": ("optimizers/init_scales.html#_as_state", "sgd_sai/init_scales.py"),
+            "sgd_sai.init_scales._check_flat_partitions": (
+                "optimizers/init_scales.html#_check_flat_partitions",
+                "sgd_sai/init_scales.py",
+            ),
             "sgd_sai.init_scales._check_fsdp1_shard": (
                 "optimizers/init_scales.html#_check_fsdp1_shard",
+                "sgd_sai/init_scales.py",
+            ),
+            "sgd_sai.init_scales._check_measurable": (
+                "optimizers/init_scales.html#_check_measurable",
+                "sgd_sai/init_scales.py",
+            ),
+            "sgd_sai.init_scales._check_same_everywhere": (
+                "optimizers/init_scales.html#_check_same_everywhere",
                 "sgd_sai/init_scales.py",
             ),
             "sgd_sai.init_scales._check_whole_tensors": (
@@ -2537,16 +2864,13 @@ d = {
                 "optimizers/init_scales.html#_drop_placeholder_scales",
                 "sgd_sai/init_scales.py",
             ),
-            "sgd_sai.init_scales._is_flat_partition": (
-                "optimizers/init_scales.html#_is_flat_partition",
-                "sgd_sai/init_scales.py",
-            ),
             "sgd_sai.init_scales._measure_new": ("optimizers/init_scales.html#_measure_new", "sgd_sai/init_scales.py"),
             "sgd_sai.init_scales._measured": ("optimizers/init_scales.html#_measured", "sgd_sai/init_scales.py"),
             "sgd_sai.init_scales._share_fsdp1_scales": (
                 "optimizers/init_scales.html#_share_fsdp1_scales",
                 "sgd_sai/init_scales.py",
             ),
+            "sgd_sai.init_scales._start_of": ("optimizers/init_scales.html#_start_of", "sgd_sai/init_scales.py"),
             "sgd_sai.init_scales._with_fsdp1_shards": (
                 "optimizers/init_scales.html#_with_fsdp1_shards",
                 "sgd_sai/init_scales.py",
@@ -2556,7 +2880,62 @@ d = {
                 "sgd_sai/init_scales.py",
             ),
             "sgd_sai.init_scales.init_scales": ("optimizers/init_scales.html#init_scales", "sgd_sai/init_scales.py"),
+            "sgd_sai.init_scales.is_flat_partition": (
+                "optimizers/init_scales.html#is_flat_partition",
+                "sgd_sai/init_scales.py",
+            ),
             "sgd_sai.init_scales.lr_is_set": ("optimizers/init_scales.html#lr_is_set", "sgd_sai/init_scales.py"),
+            "sgd_sai.init_scales.note_shapes": ("optimizers/init_scales.html#note_shapes", "sgd_sai/init_scales.py"),
+        },
+        "sgd_sai.internals.backward_passes": {
+            "sgd_sai.internals.backward_passes._callers": (
+                "internals/backward_passes.html#_callers",
+                "sgd_sai/internals/backward_passes.py",
+            ),
+            "sgd_sai.internals.backward_passes._is_factor": (
+                "internals/backward_passes.html#_is_factor",
+                "sgd_sai/internals/backward_passes.py",
+            ),
+            "sgd_sai.internals.backward_passes._scalers_in_use": (
+                "internals/backward_passes.html#_scalers_in_use",
+                "sgd_sai/internals/backward_passes.py",
+            ),
+            "sgd_sai.internals.backward_passes._scales": (
+                "internals/backward_passes.html#_scales",
+                "sgd_sai/internals/backward_passes.py",
+            ),
+            "sgd_sai.internals.backward_passes.graph_nodes": (
+                "internals/backward_passes.html#graph_nodes",
+                "sgd_sai/internals/backward_passes.py",
+            ),
+            "sgd_sai.internals.backward_passes.inside_another_backward": (
+                "internals/backward_passes.html#inside_another_backward",
+                "sgd_sai/internals/backward_passes.py",
+            ),
+            "sgd_sai.internals.backward_passes.is_scaled": (
+                "internals/backward_passes.html#is_scaled",
+                "sgd_sai/internals/backward_passes.py",
+            ),
+            "sgd_sai.internals.backward_passes.leaves": (
+                "internals/backward_passes.html#leaves",
+                "sgd_sai/internals/backward_passes.py",
+            ),
+            "sgd_sai.internals.backward_passes.python_functions": (
+                "internals/backward_passes.html#python_functions",
+                "sgd_sai/internals/backward_passes.py",
+            ),
+            "sgd_sai.internals.backward_passes.reentrant_checkpoints": (
+                "internals/backward_passes.html#reentrant_checkpoints",
+                "sgd_sai/internals/backward_passes.py",
+            ),
+            "sgd_sai.internals.backward_passes.root_nodes": (
+                "internals/backward_passes.html#root_nodes",
+                "sgd_sai/internals/backward_passes.py",
+            ),
+            "sgd_sai.internals.backward_passes.running_roots": (
+                "internals/backward_passes.html#running_roots",
+                "sgd_sai/internals/backward_passes.py",
+            ),
         },
         "sgd_sai.internals.base": {
             "sgd_sai.internals.base.AveragingOptimizer": (
@@ -2567,11 +2946,19 @@ d = {
                 "internals/base.html#averagingoptimizer.restored",
                 "sgd_sai/internals/base.py",
             ),
+            "sgd_sai.internals.base.AveragingOptimizer.restored_state": (
+                "internals/base.html#averagingoptimizer.restored_state",
+                "sgd_sai/internals/base.py",
+            ),
             "sgd_sai.internals.base.AveragingOptimizer.scalar": (
                 "internals/base.html#averagingoptimizer.scalar",
                 "sgd_sai/internals/base.py",
             ),
             "sgd_sai.internals.base.BaseOptimizer": ("internals/base.html#baseoptimizer", "sgd_sai/internals/base.py"),
+            "sgd_sai.internals.base.BaseOptimizer.__init__": (
+                "internals/base.html#baseoptimizer.__init__",
+                "sgd_sai/internals/base.py",
+            ),
             "sgd_sai.internals.base.BaseOptimizer.__setstate__": (
                 "internals/base.html#baseoptimizer.__setstate__",
                 "sgd_sai/internals/base.py",
@@ -2584,26 +2971,7 @@ d = {
                 "internals/base.html#baseoptimizer.check",
                 "sgd_sai/internals/base.py",
             ),
-            "sgd_sai.internals.base.BaseOptimizer.load_state_dict": (
-                "internals/base.html#baseoptimizer.load_state_dict",
-                "sgd_sai/internals/base.py",
-            ),
-            "sgd_sai.internals.base.BaseOptimizer.restored": (
-                "internals/base.html#baseoptimizer.restored",
-                "sgd_sai/internals/base.py",
-            ),
-            "sgd_sai.internals.base.BaseOptimizer.restored_state": (
-                "internals/base.html#baseoptimizer.restored_state",
-                "sgd_sai/internals/base.py",
-            ),
-            "sgd_sai.internals.base._restore_state": (
-                "internals/base.html#_restore_state",
-                "sgd_sai/internals/base.py",
-            ),
             "sgd_sai.internals.base.average_dtype": ("internals/base.html#average_dtype", "sgd_sai/internals/base.py"),
-            "sgd_sai.internals.base.check_betas": ("internals/base.html#check_betas", "sgd_sai/internals/base.py"),
-            "sgd_sai.internals.base.check_lr": ("internals/base.html#check_lr", "sgd_sai/internals/base.py"),
-            "sgd_sai.internals.base.check_range": ("internals/base.html#check_range", "sgd_sai/internals/base.py"),
             "sgd_sai.internals.base.closure_loss": ("internals/base.html#closure_loss", "sgd_sai/internals/base.py"),
             "sgd_sai.internals.base.debias": ("internals/base.html#debias", "sgd_sai/internals/base.py"),
             "sgd_sai.internals.base.decay_": ("internals/base.html#decay_", "sgd_sai/internals/base.py"),
@@ -2611,16 +2979,9 @@ d = {
                 "internals/base.html#fill_in_defaults",
                 "sgd_sai/internals/base.py",
             ),
-            "sgd_sai.internals.base.load_exactly": ("internals/base.html#load_exactly", "sgd_sai/internals/base.py"),
             "sgd_sai.internals.base.lr_of": ("internals/base.html#lr_of", "sgd_sai/internals/base.py"),
-            "sgd_sai.internals.base.name_of_param": ("internals/base.html#name_of_param", "sgd_sai/internals/base.py"),
-            "sgd_sai.internals.base.named_params": ("internals/base.html#named_params", "sgd_sai/internals/base.py"),
             "sgd_sai.internals.base.params_with_grad": (
                 "internals/base.html#params_with_grad",
-                "sgd_sai/internals/base.py",
-            ),
-            "sgd_sai.internals.base.position_of_param": (
-                "internals/base.html#position_of_param",
                 "sgd_sai/internals/base.py",
             ),
         },
@@ -2647,6 +3008,139 @@ d = {
                 "internals/figure_style.html#figure_style",
                 "sgd_sai/internals/figure_style.py",
             )
+        },
+        "sgd_sai.internals.loading": {
+            "sgd_sai.internals.loading.LoadingOptimizer": (
+                "internals/loading.html#loadingoptimizer",
+                "sgd_sai/internals/loading.py",
+            ),
+            "sgd_sai.internals.loading.LoadingOptimizer.converted": (
+                "internals/loading.html#loadingoptimizer.converted",
+                "sgd_sai/internals/loading.py",
+            ),
+            "sgd_sai.internals.loading.LoadingOptimizer.is_own_group": (
+                "internals/loading.html#loadingoptimizer.is_own_group",
+                "sgd_sai/internals/loading.py",
+            ),
+            "sgd_sai.internals.loading.LoadingOptimizer.load_state_dict": (
+                "internals/loading.html#loadingoptimizer.load_state_dict",
+                "sgd_sai/internals/loading.py",
+            ),
+            "sgd_sai.internals.loading.LoadingOptimizer.missing_entry": (
+                "internals/loading.html#loadingoptimizer.missing_entry",
+                "sgd_sai/internals/loading.py",
+            ),
+            "sgd_sai.internals.loading.LoadingOptimizer.restored": (
+                "internals/loading.html#loadingoptimizer.restored",
+                "sgd_sai/internals/loading.py",
+            ),
+            "sgd_sai.internals.loading.LoadingOptimizer.restored_state": (
+                "internals/loading.html#loadingoptimizer.restored_state",
+                "sgd_sai/internals/loading.py",
+            ),
+            "sgd_sai.internals.loading.LoadingOptimizer.state_shapes": (
+                "internals/loading.html#loadingoptimizer.state_shapes",
+                "sgd_sai/internals/loading.py",
+            ),
+            "sgd_sai.internals.loading._checked_group": (
+                "internals/loading.html#_checked_group",
+                "sgd_sai/internals/loading.py",
+            ),
+            "sgd_sai.internals.loading._in_own_order": (
+                "internals/loading.html#_in_own_order",
+                "sgd_sai/internals/loading.py",
+            ),
+            "sgd_sai.internals.loading._new_state": (
+                "internals/loading.html#_new_state",
+                "sgd_sai/internals/loading.py",
+            ),
+            "sgd_sai.internals.loading._shape_error": (
+                "internals/loading.html#_shape_error",
+                "sgd_sai/internals/loading.py",
+            ),
+            "sgd_sai.internals.loading.check_own": ("internals/loading.html#check_own", "sgd_sai/internals/loading.py"),
+            "sgd_sai.internals.loading.check_shapes": (
+                "internals/loading.html#check_shapes",
+                "sgd_sai/internals/loading.py",
+            ),
+            "sgd_sai.internals.loading.kind_error": (
+                "internals/loading.html#kind_error",
+                "sgd_sai/internals/loading.py",
+            ),
+            "sgd_sai.internals.loading.load_exactly": (
+                "internals/loading.html#load_exactly",
+                "sgd_sai/internals/loading.py",
+            ),
+            "sgd_sai.internals.loading.plan_load": ("internals/loading.html#plan_load", "sgd_sai/internals/loading.py"),
+            "sgd_sai.internals.loading.state_error": (
+                "internals/loading.html#state_error",
+                "sgd_sai/internals/loading.py",
+            ),
+            "sgd_sai.internals.loading.warn_of_checkpoint": (
+                "internals/loading.html#warn_of_checkpoint",
+                "sgd_sai/internals/loading.py",
+            ),
+        },
+        "sgd_sai.internals.names": {
+            "sgd_sai.internals.names._given_names": ("internals/names.html#_given_names", "sgd_sai/internals/names.py"),
+            "sgd_sai.internals.names.listed": ("internals/names.html#listed", "sgd_sai/internals/names.py"),
+            "sgd_sai.internals.names.matching_order": (
+                "internals/names.html#matching_order",
+                "sgd_sai/internals/names.py",
+            ),
+            "sgd_sai.internals.names.name_of_param": (
+                "internals/names.html#name_of_param",
+                "sgd_sai/internals/names.py",
+            ),
+            "sgd_sai.internals.names.named_params": ("internals/names.html#named_params", "sgd_sai/internals/names.py"),
+            "sgd_sai.internals.names.params_by_name": (
+                "internals/names.html#params_by_name",
+                "sgd_sai/internals/names.py",
+            ),
+            "sgd_sai.internals.names.plain_name": ("internals/names.html#plain_name", "sgd_sai/internals/names.py"),
+            "sgd_sai.internals.names.position_of_param": (
+                "internals/names.html#position_of_param",
+                "sgd_sai/internals/names.py",
+            ),
+        },
+        "sgd_sai.internals.options": {
+            "sgd_sai.internals.options._parse_count": (
+                "internals/options.html#_parse_count",
+                "sgd_sai/internals/options.py",
+            ),
+            "sgd_sai.internals.options._parse_dtype": (
+                "internals/options.html#_parse_dtype",
+                "sgd_sai/internals/options.py",
+            ),
+            "sgd_sai.internals.options._parse_number": (
+                "internals/options.html#_parse_number",
+                "sgd_sai/internals/options.py",
+            ),
+            "sgd_sai.internals.options._parse_numbers": (
+                "internals/options.html#_parse_numbers",
+                "sgd_sai/internals/options.py",
+            ),
+            "sgd_sai.internals.options._parse_switch": (
+                "internals/options.html#_parse_switch",
+                "sgd_sai/internals/options.py",
+            ),
+            "sgd_sai.internals.options.check_betas": (
+                "internals/options.html#check_betas",
+                "sgd_sai/internals/options.py",
+            ),
+            "sgd_sai.internals.options.check_lr": ("internals/options.html#check_lr", "sgd_sai/internals/options.py"),
+            "sgd_sai.internals.options.check_range": (
+                "internals/options.html#check_range",
+                "sgd_sai/internals/options.py",
+            ),
+            "sgd_sai.internals.options.parse_option": (
+                "internals/options.html#parse_option",
+                "sgd_sai/internals/options.py",
+            ),
+            "sgd_sai.internals.options.parse_options": (
+                "internals/options.html#parse_options",
+                "sgd_sai/internals/options.py",
+            ),
         },
         "sgd_sai.internals.rounding": {
             "sgd_sai.internals.rounding._cut": ("internals/rounding.html#_cut", "sgd_sai/internals/rounding.py"),
@@ -2689,6 +3183,31 @@ d = {
             ),
         },
         "sgd_sai.internals.sharding": {
+            "sgd_sai.internals.sharding._differences": (
+                "internals/sharding.html#_differences",
+                "sgd_sai/internals/sharding.py",
+            ),
+            "sgd_sai.internals.sharding._digest": ("internals/sharding.html#_digest", "sgd_sai/internals/sharding.py"),
+            "sgd_sai.internals.sharding._entries": (
+                "internals/sharding.html#_entries",
+                "sgd_sai/internals/sharding.py",
+            ),
+            "sgd_sai.internals.sharding._gather_bytes": (
+                "internals/sharding.html#_gather_bytes",
+                "sgd_sai/internals/sharding.py",
+            ),
+            "sgd_sai.internals.sharding._pair_differences": (
+                "internals/sharding.html#_pair_differences",
+                "sgd_sai/internals/sharding.py",
+            ),
+            "sgd_sai.internals.sharding._raise_different": (
+                "internals/sharding.html#_raise_different",
+                "sgd_sai/internals/sharding.py",
+            ),
+            "sgd_sai.internals.sharding._unequal": (
+                "internals/sharding.html#_unequal",
+                "sgd_sai/internals/sharding.py",
+            ),
             "sgd_sai.internals.sharding.all_reduce_rows": (
                 "internals/sharding.html#all_reduce_rows",
                 "sgd_sai/internals/sharding.py",
@@ -2697,12 +3216,24 @@ d = {
                 "internals/sharding.html#any_sharded",
                 "sgd_sai/internals/sharding.py",
             ),
+            "sgd_sai.internals.sharding.check_same_in_group": (
+                "internals/sharding.html#check_same_in_group",
+                "sgd_sai/internals/sharding.py",
+            ),
+            "sgd_sai.internals.sharding.check_same_tensors": (
+                "internals/sharding.html#check_same_tensors",
+                "sgd_sai/internals/sharding.py",
+            ),
             "sgd_sai.internals.sharding.distribute_like": (
                 "internals/sharding.html#distribute_like",
                 "sgd_sai/internals/sharding.py",
             ),
             "sgd_sai.internals.sharding.full_tensor": (
                 "internals/sharding.html#full_tensor",
+                "sgd_sai/internals/sharding.py",
+            ),
+            "sgd_sai.internals.sharding.holds_numbers": (
+                "internals/sharding.html#holds_numbers",
                 "sgd_sai/internals/sharding.py",
             ),
             "sgd_sai.internals.sharding.is_fsdp1_flat_param": (
@@ -2715,6 +3246,10 @@ d = {
             ),
             "sgd_sai.internals.sharding.is_sharded": (
                 "internals/sharding.html#is_sharded",
+                "sgd_sai/internals/sharding.py",
+            ),
+            "sgd_sai.internals.sharding.process_groups": (
+                "internals/sharding.html#process_groups",
                 "sgd_sai/internals/sharding.py",
             ),
             "sgd_sai.internals.sharding.redistribute_like": (
@@ -2750,6 +3285,10 @@ d = {
             "sgd_sai.kernels._fused_sgd": ("optimizers/kernels.html#_fused_sgd", "sgd_sai/kernels.py"),
             "sgd_sai.kernels._fused_tensor": ("optimizers/kernels.html#_fused_tensor", "sgd_sai/kernels.py"),
             "sgd_sai.kernels._largest_scale": ("optimizers/kernels.html#_largest_scale", "sgd_sai/kernels.py"),
+            "sgd_sai.kernels._not_obviously_right": (
+                "optimizers/kernels.html#_not_obviously_right",
+                "sgd_sai/kernels.py",
+            ),
             "sgd_sai.kernels._rounding": ("optimizers/kernels.html#_rounding", "sgd_sai/kernels.py"),
             "sgd_sai.kernels._scaled_add_": ("optimizers/kernels.html#_scaled_add_", "sgd_sai/kernels.py"),
             "sgd_sai.kernels._scaled_add_in_batches_": (
@@ -2761,7 +3300,43 @@ d = {
             "sgd_sai.kernels._step_group": ("optimizers/kernels.html#_step_group", "sgd_sai/kernels.py"),
             "sgd_sai.kernels._step_rounded": ("optimizers/kernels.html#_step_rounded", "sgd_sai/kernels.py"),
             "sgd_sai.kernels._step_tensor": ("optimizers/kernels.html#_step_tensor", "sgd_sai/kernels.py"),
+            "sgd_sai.kernels.check_entries": ("optimizers/kernels.html#check_entries", "sgd_sai/kernels.py"),
             "sgd_sai.kernels.step_groups": ("optimizers/kernels.html#step_groups", "sgd_sai/kernels.py"),
+        },
+        "sgd_sai.muon_groups": {
+            "sgd_sai.muon_groups._check_keys": ("optimizers/muon_groups.html#_check_keys", "sgd_sai/muon_groups.py"),
+            "sgd_sai.muon_groups._checked_groups": (
+                "optimizers/muon_groups.html#_checked_groups",
+                "sgd_sai/muon_groups.py",
+            ),
+            "sgd_sai.muon_groups._is_gain": ("optimizers/muon_groups.html#_is_gain", "sgd_sai/muon_groups.py"),
+            "sgd_sai.muon_groups._of_convolutions": (
+                "optimizers/muon_groups.html#_of_convolutions",
+                "sgd_sai/muon_groups.py",
+            ),
+            "sgd_sai.muon_groups._own_matrices": (
+                "optimizers/muon_groups.html#_own_matrices",
+                "sgd_sai/muon_groups.py",
+            ),
+            "sgd_sai.muon_groups._weights": ("optimizers/muon_groups.html#_weights", "sgd_sai/muon_groups.py"),
+            "sgd_sai.muon_groups.as_muon_groups": (
+                "optimizers/muon_groups.html#as_muon_groups",
+                "sgd_sai/muon_groups.py",
+            ),
+            "sgd_sai.muon_groups.hidden_matrices": (
+                "optimizers/muon_groups.html#hidden_matrices",
+                "sgd_sai/muon_groups.py",
+            ),
+            "sgd_sai.muon_groups.muon_groups": ("optimizers/muon_groups.html#muon_groups", "sgd_sai/muon_groups.py"),
+            "sgd_sai.muon_groups.rate_of_others": (
+                "optimizers/muon_groups.html#rate_of_others",
+                "sgd_sai/muon_groups.py",
+            ),
+            "sgd_sai.muon_groups.read_mark": ("optimizers/muon_groups.html#read_mark", "sgd_sai/muon_groups.py"),
+            "sgd_sai.muon_groups.with_defaults": (
+                "optimizers/muon_groups.html#with_defaults",
+                "sgd_sai/muon_groups.py",
+            ),
         },
         "sgd_sai.muon_sai": {
             "sgd_sai.muon_sai.MuonSaI": ("optimizers/muon_sai.html#muonsai", "sgd_sai/muon_sai.py"),
@@ -2770,26 +3345,56 @@ d = {
                 "sgd_sai/muon_sai.py",
             ),
             "sgd_sai.muon_sai.MuonSaI.__init__": ("optimizers/muon_sai.html#muonsai.__init__", "sgd_sai/muon_sai.py"),
-            "sgd_sai.muon_sai.MuonSaI.add_param_group": (
-                "optimizers/muon_sai.html#muonsai.add_param_group",
-                "sgd_sai/muon_sai.py",
-            ),
-            "sgd_sai.muon_sai._as_groups": ("optimizers/muon_sai.html#_as_groups", "sgd_sai/muon_sai.py"),
+            "sgd_sai.muon_sai._add_param_group": ("optimizers/muon_sai.html#_add_param_group", "sgd_sai/muon_sai.py"),
             "sgd_sai.muon_sai._both_defaults": ("optimizers/muon_sai.html#_both_defaults", "sgd_sai/muon_sai.py"),
-            "sgd_sai.muon_sai._own_matrices": ("optimizers/muon_sai.html#_own_matrices", "sgd_sai/muon_sai.py"),
+            "sgd_sai.muon_sai._check_matrix": ("optimizers/muon_sai.html#_check_matrix", "sgd_sai/muon_sai.py"),
+            "sgd_sai.muon_sai._is_own_group": ("optimizers/muon_sai.html#_is_own_group", "sgd_sai/muon_sai.py"),
+            "sgd_sai.muon_sai._of_adam": ("optimizers/muon_sai.html#_of_adam", "sgd_sai/muon_sai.py"),
             "sgd_sai.muon_sai._step_muon_sai": ("optimizers/muon_sai.html#_step_muon_sai", "sgd_sai/muon_sai.py"),
-            "sgd_sai.muon_sai._step_stacked": ("optimizers/muon_sai.html#_step_stacked", "sgd_sai/muon_sai.py"),
-            "sgd_sai.muon_sai._update_momenta": ("optimizers/muon_sai.html#_update_momenta", "sgd_sai/muon_sai.py"),
             "sgd_sai.muon_sai.check_muon_sai": ("optimizers/muon_sai.html#check_muon_sai", "sgd_sai/muon_sai.py"),
-            "sgd_sai.muon_sai.hidden_matrices": ("optimizers/muon_sai.html#hidden_matrices", "sgd_sai/muon_sai.py"),
-            "sgd_sai.muon_sai.muon_groups": ("optimizers/muon_sai.html#muon_groups", "sgd_sai/muon_sai.py"),
-            "sgd_sai.muon_sai.muon_step": ("optimizers/muon_sai.html#muon_step", "sgd_sai/muon_sai.py"),
-            "sgd_sai.muon_sai.orthogonalize": ("optimizers/muon_sai.html#orthogonalize", "sgd_sai/muon_sai.py"),
-            "sgd_sai.muon_sai.step_matrices": ("optimizers/muon_sai.html#step_matrices", "sgd_sai/muon_sai.py"),
+        },
+        "sgd_sai.muon_step": {
+            "sgd_sai.muon_step._as_matrices": ("optimizers/muon_step.html#_as_matrices", "sgd_sai/muon_step.py"),
+            "sgd_sai.muon_step._check_finite": ("optimizers/muon_step.html#_check_finite", "sgd_sai/muon_step.py"),
+            "sgd_sai.muon_step._check_same_in_all_processes": (
+                "optimizers/muon_step.html#_check_same_in_all_processes",
+                "sgd_sai/muon_step.py",
+            ),
+            "sgd_sai.muon_step._finite": ("optimizers/muon_step.html#_finite", "sgd_sai/muon_step.py"),
+            "sgd_sai.muon_step._orthogonal_factors": (
+                "optimizers/muon_step.html#_orthogonal_factors",
+                "sgd_sai/muon_step.py",
+            ),
+            "sgd_sai.muon_step._step_alike": ("optimizers/muon_step.html#_step_alike", "sgd_sai/muon_step.py"),
+            "sgd_sai.muon_step._update_momenta": ("optimizers/muon_step.html#_update_momenta", "sgd_sai/muon_step.py"),
+            "sgd_sai.muon_step.check_matrices": ("optimizers/muon_step.html#check_matrices", "sgd_sai/muon_step.py"),
+            "sgd_sai.muon_step.muon_step": ("optimizers/muon_step.html#muon_step", "sgd_sai/muon_step.py"),
+            "sgd_sai.muon_step.step_matrices": ("optimizers/muon_step.html#step_matrices", "sgd_sai/muon_step.py"),
+        },
+        "sgd_sai.orthogonalize": {
+            "sgd_sai.orthogonalize._power_of_two": (
+                "optimizers/orthogonalize.html#_power_of_two",
+                "sgd_sai/orthogonalize.py",
+            ),
+            "sgd_sai.orthogonalize._to_norm_one": (
+                "optimizers/orthogonalize.html#_to_norm_one",
+                "sgd_sai/orthogonalize.py",
+            ),
+            "sgd_sai.orthogonalize.orthogonalize": (
+                "optimizers/orthogonalize.html#orthogonalize",
+                "sgd_sai/orthogonalize.py",
+            ),
         },
         "sgd_sai.scale_rules": {
             "sgd_sai.scale_rules._gsnr_rule": ("optimizers/scale_rules.html#_gsnr_rule", "sgd_sai/scale_rules.py"),
-            "sgd_sai.scale_rules._max_abs": ("optimizers/scale_rules.html#_max_abs", "sgd_sai/scale_rules.py"),
+            "sgd_sai.scale_rules._largest_entries": (
+                "optimizers/scale_rules.html#_largest_entries",
+                "sgd_sai/scale_rules.py",
+            ),
+            "sgd_sai.scale_rules._largest_entry": (
+                "optimizers/scale_rules.html#_largest_entry",
+                "sgd_sai/scale_rules.py",
+            ),
             "sgd_sai.scale_rules._rescaled_gsnr": (
                 "optimizers/scale_rules.html#_rescaled_gsnr",
                 "sgd_sai/scale_rules.py",
@@ -2818,20 +3423,12 @@ d = {
                 "optimizers/scaled_optimizer.html#scaledoptimizer",
                 "sgd_sai/scaled_optimizer.py",
             ),
-            "sgd_sai.scaled_optimizer.ScaledOptimizer.__setstate__": (
-                "optimizers/scaled_optimizer.html#scaledoptimizer.__setstate__",
+            "sgd_sai.scaled_optimizer.ScaledOptimizer.__getstate__": (
+                "optimizers/scaled_optimizer.html#scaledoptimizer.__getstate__",
                 "sgd_sai/scaled_optimizer.py",
             ),
             "sgd_sai.scaled_optimizer.ScaledOptimizer.add_param_group": (
                 "optimizers/scaled_optimizer.html#scaledoptimizer.add_param_group",
-                "sgd_sai/scaled_optimizer.py",
-            ),
-            "sgd_sai.scaled_optimizer.ScaledOptimizer.load_state_dict": (
-                "optimizers/scaled_optimizer.html#scaledoptimizer.load_state_dict",
-                "sgd_sai/scaled_optimizer.py",
-            ),
-            "sgd_sai.scaled_optimizer.ScaledOptimizer.restored_state": (
-                "optimizers/scaled_optimizer.html#scaledoptimizer.restored_state",
                 "sgd_sai/scaled_optimizer.py",
             ),
             "sgd_sai.scaled_optimizer.ScaledOptimizer.scales": (
@@ -2854,20 +3451,52 @@ d = {
                 "optimizers/scaled_optimizer.html#_check_implementation",
                 "sgd_sai/scaled_optimizer.py",
             ),
+            "sgd_sai.scaled_optimizer._check_saved": (
+                "optimizers/scaled_optimizer.html#_check_saved",
+                "sgd_sai/scaled_optimizer.py",
+            ),
+            "sgd_sai.scaled_optimizer._converted": (
+                "optimizers/scaled_optimizer.html#_converted",
+                "sgd_sai/scaled_optimizer.py",
+            ),
+            "sgd_sai.scaled_optimizer._converted_group": (
+                "optimizers/scaled_optimizer.html#_converted_group",
+                "sgd_sai/scaled_optimizer.py",
+            ),
             "sgd_sai.scaled_optimizer._converted_state": (
                 "optimizers/scaled_optimizer.html#_converted_state",
                 "sgd_sai/scaled_optimizer.py",
             ),
-            "sgd_sai.scaled_optimizer._drop_unusable_scales": (
-                "optimizers/scaled_optimizer.html#_drop_unusable_scales",
+            "sgd_sai.scaled_optimizer._is_number": (
+                "optimizers/scaled_optimizer.html#_is_number",
                 "sgd_sai/scaled_optimizer.py",
             ),
-            "sgd_sai.scaled_optimizer._load_scaled": (
-                "optimizers/scaled_optimizer.html#_load_scaled",
+            "sgd_sai.scaled_optimizer._is_usable": (
+                "optimizers/scaled_optimizer.html#_is_usable",
+                "sgd_sai/scaled_optimizer.py",
+            ),
+            "sgd_sai.scaled_optimizer._load_state_dict": (
+                "optimizers/scaled_optimizer.html#_load_state_dict",
+                "sgd_sai/scaled_optimizer.py",
+            ),
+            "sgd_sai.scaled_optimizer._missing_entry": (
+                "optimizers/scaled_optimizer.html#_missing_entry",
+                "sgd_sai/scaled_optimizer.py",
+            ),
+            "sgd_sai.scaled_optimizer._restored_state": (
+                "optimizers/scaled_optimizer.html#_restored_state",
                 "sgd_sai/scaled_optimizer.py",
             ),
             "sgd_sai.scaled_optimizer._set_scales": (
                 "optimizers/scaled_optimizer.html#_set_scales",
+                "sgd_sai/scaled_optimizer.py",
+            ),
+            "sgd_sai.scaled_optimizer._setstate": (
+                "optimizers/scaled_optimizer.html#_setstate",
+                "sgd_sai/scaled_optimizer.py",
+            ),
+            "sgd_sai.scaled_optimizer._state_shapes": (
+                "optimizers/scaled_optimizer.html#_state_shapes",
                 "sgd_sai/scaled_optimizer.py",
             ),
             "sgd_sai.scaled_optimizer._without_functions": (
@@ -2876,6 +3505,10 @@ d = {
             ),
             "sgd_sai.scaled_optimizer.check_sgd_sai": (
                 "optimizers/scaled_optimizer.html#check_sgd_sai",
+                "sgd_sai/scaled_optimizer.py",
+            ),
+            "sgd_sai.scaled_optimizer.is_sgd_sai_group": (
+                "optimizers/scaled_optimizer.html#is_sgd_sai_group",
                 "sgd_sai/scaled_optimizer.py",
             ),
         },
@@ -2896,8 +3529,16 @@ d = {
                 "optimizers/step_in_backward.html#gradienthooks",
                 "sgd_sai/step_in_backward.py",
             ),
+            "sgd_sai.step_in_backward.GradientHooks.__getstate__": (
+                "optimizers/step_in_backward.html#gradienthooks.__getstate__",
+                "sgd_sai/step_in_backward.py",
+            ),
             "sgd_sai.step_in_backward.GradientHooks.__init__": (
                 "optimizers/step_in_backward.html#gradienthooks.__init__",
+                "sgd_sai/step_in_backward.py",
+            ),
+            "sgd_sai.step_in_backward.GradientHooks.__setstate__": (
+                "optimizers/step_in_backward.html#gradienthooks.__setstate__",
                 "sgd_sai/step_in_backward.py",
             ),
             "sgd_sai.step_in_backward.GradientHooks.attach": (
@@ -2916,30 +3557,72 @@ d = {
                 "optimizers/step_in_backward.html#stepinbackward",
                 "sgd_sai/step_in_backward.py",
             ),
+            "sgd_sai.step_in_backward.StepInBackward.__getstate__": (
+                "optimizers/step_in_backward.html#stepinbackward.__getstate__",
+                "sgd_sai/step_in_backward.py",
+            ),
             "sgd_sai.step_in_backward.StepInBackward.__init__": (
                 "optimizers/step_in_backward.html#stepinbackward.__init__",
                 "sgd_sai/step_in_backward.py",
             ),
-            "sgd_sai.step_in_backward.StepInBackward.backward": (
-                "optimizers/step_in_backward.html#stepinbackward.backward",
+            "sgd_sai.step_in_backward.StepInBackward.attach": (
+                "optimizers/step_in_backward.html#stepinbackward.attach",
                 "sgd_sai/step_in_backward.py",
             ),
             "sgd_sai.step_in_backward.StepInBackward.ready": (
                 "optimizers/step_in_backward.html#stepinbackward.ready",
                 "sgd_sai/step_in_backward.py",
             ),
+            "sgd_sai.step_in_backward.StepInBackward.remove": (
+                "optimizers/step_in_backward.html#stepinbackward.remove",
+                "sgd_sai/step_in_backward.py",
+            ),
+            "sgd_sai.step_in_backward._backward": (
+                "optimizers/step_in_backward.html#_backward",
+                "sgd_sai/step_in_backward.py",
+            ),
+            "sgd_sai.step_in_backward._call_ready": (
+                "optimizers/step_in_backward.html#_call_ready",
+                "sgd_sai/step_in_backward.py",
+            ),
+            "sgd_sai.step_in_backward._check_loss": (
+                "optimizers/step_in_backward.html#_check_loss",
+                "sgd_sai/step_in_backward.py",
+            ),
+            "sgd_sai.step_in_backward._check_passes": (
+                "optimizers/step_in_backward.html#_check_passes",
+                "sgd_sai/step_in_backward.py",
+            ),
             "sgd_sai.step_in_backward._global_norm": (
                 "optimizers/step_in_backward.html#_global_norm",
+                "sgd_sai/step_in_backward.py",
+            ),
+            "sgd_sai.step_in_backward._group_of": (
+                "optimizers/step_in_backward.html#_group_of",
+                "sgd_sai/step_in_backward.py",
+            ),
+            "sgd_sai.step_in_backward._hold": ("optimizers/step_in_backward.html#_hold", "sgd_sai/step_in_backward.py"),
+            "sgd_sai.step_in_backward._look_at_pass": (
+                "optimizers/step_in_backward.html#_look_at_pass",
                 "sgd_sai/step_in_backward.py",
             ),
             "sgd_sai.step_in_backward._measure_norm": (
                 "optimizers/step_in_backward.html#_measure_norm",
                 "sgd_sai/step_in_backward.py",
             ),
+            "sgd_sai.step_in_backward._release": (
+                "optimizers/step_in_backward.html#_release",
+                "sgd_sai/step_in_backward.py",
+            ),
+            "sgd_sai.step_in_backward._replace_others": (
+                "optimizers/step_in_backward.html#_replace_others",
+                "sgd_sai/step_in_backward.py",
+            ),
             "sgd_sai.step_in_backward._step_param": (
                 "optimizers/step_in_backward.html#_step_param",
                 "sgd_sai/step_in_backward.py",
             ),
+            "sgd_sai.step_in_backward._use": ("optimizers/step_in_backward.html#_use", "sgd_sai/step_in_backward.py"),
             "sgd_sai.step_in_backward.check_in_backward": (
                 "optimizers/step_in_backward.html#check_in_backward",
                 "sgd_sai/step_in_backward.py",

@@ -14,20 +14,28 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from sgd_sai.hutchinson import (
+    all_reduce_mean,
+    averaged_shape,
+    hutchinson_diagonal,
+    is_distributed,
+    signs_by_group,
+    spatial_average,
+)
 from sgd_sai.internals.base import (
     AveragingOptimizer,
     average_dtype,
-    check_betas,
-    check_lr,
-    check_range,
     closure_loss,
     debias,
     lr_of,
 )
 
-from .hutchinson import all_reduce_mean, hutchinson_diagonal, is_distributed, signs_by_group, spatial_average
+from .gradient_graphs import WatchingOptimizer, check_graphs, drop_graphs
 from .internals.chunks import all_full_precision, in_float32
-from .internals.sharding import is_fsdp1_flat_param, is_fsdp1_shard, is_sharded
+from .internals.loading import check_shapes
+from .internals.names import listed
+from .internals.options import check_betas, check_lr, check_range
+from .internals.sharding import check_same_in_group, is_fsdp1_flat_param, is_fsdp1_shard, is_sharded
 
 
 # %% ../nbs/optimizers/adahessian.ipynb #d4adee1d
@@ -121,26 +129,6 @@ def _step_group(opt: AveragingOptimizer, group: dict, curvature: dict):
             _step_param(opt, group, lr, p, D)
 
 
-# %% ../nbs/optimizers/adahessian.ipynb #a3febca9
-def _check_graphs(opt: AveragingOptimizer, example: Tensor):
-    "Raise `RuntimeError`, with the name of the parameter `example`, unless at least one gradient has a graph."
-    grads = [p.grad for group in opt.param_groups for p in group["params"] if p.grad is not None]
-    if not any(g.requires_grad for g in grads):
-        raise RuntimeError(
-            f"AdaHessian needs the graph of the gradients, and none has one, that of {opt.name_of(example)} "
-            "for instance: call loss.backward(create_graph=True)"
-        )
-
-
-# %% ../nbs/optimizers/adahessian.ipynb #a689f81d
-def _drop_graphs(opt: AveragingOptimizer):
-    "Replace each gradient by the same numbers without a graph, which breaks the reference cycles."
-    for group in opt.param_groups:
-        for p in group["params"]:
-            if p.grad is not None and p.grad.requires_grad:
-                p.grad = p.grad.detach()
-
-
 # %% ../nbs/optimizers/adahessian.ipynb #bce7aad5
 def _loss_scale(opt: AveragingOptimizer) -> float | None:  # None if the scaler has found infinities
     "What a GradScaler has multiplied the loss by; 1 without one. Raises `RuntimeError` after `unscale_`."
@@ -170,35 +158,45 @@ def _check_finite(opt: AveragingOptimizer, params: list[Tensor], diagonals: list
     bad = [opt.name_of(p) for p, D in zip(params, diagonals, strict=True) if not D.isfinite().all()]
     if bad:
         raise FloatingPointError(
-            f"the curvature of {', '.join(bad)} is not finite; nothing was changed. "
+            f"the curvature of {listed(bad)} is not finite; nothing was changed. "
             "Look at the loss and the data of this batch"
         )
+
+
+# %% ../nbs/optimizers/adahessian.ipynb #c6e187c0
+def _check_same_everywhere(opt: AveragingOptimizer, due_groups: list[dict], params: list[Tensor]):
+    "Raise `RuntimeError` in all processes if they are about to average the curvature of other parameters."
+    devices = [p.device for group in due_groups for p in group["params"]]
+    if devices and is_distributed(opt.process_group):
+        check_same_in_group([opt.name_of(p) for p in params], params, opt.process_group, devices[0])
 
 
 # %% ../nbs/optimizers/adahessian.ipynb #8552868a
 def _needs_graph(self: "AdaHessian") -> bool:
     "True if the next step estimates curvature: then its backward pass needs `create_graph=True`."
+    self.watch()
     return any(group["age"] == 0 for group in self.param_groups)
 
 
 @torch._disable_dynamo  # nothing to compile: it is a backward pass
 def _curvature(
-    opt: AveragingOptimizer,
+    opt: WatchingOptimizer,
     due: list[int],  # indices of the groups to estimate
     scale: float,  # what the loss was multiplied by
 ) -> dict:  # parameter -> absolute curvature, averaged over space
     "Estimate the curvature of the parameters that have a gradient. Raises `RuntimeError`, `FloatingPointError`."
     due_groups = [opt.param_groups[i] for i in due]
     group_of = {p: group for group in due_groups for p in opt.with_grad(group)}
-    if not group_of:
-        return {}
     params, grads = list(group_of), [p.grad for p in group_of]
-    _check_graphs(opt, example=params[0])
+    _check_same_everywhere(opt, due_groups, params)
+    if not params:
+        return {}
+    check_graphs(opt, opt.watch(), params)
     n_samples = max(group["n_samples"] for group in due_groups)
     diagonals = hutchinson_diagonal(grads, params, n_samples, signs_by_group(opt, due))
-    all_reduce_mean(diagonals, opt.process_group)
     if scale != 1:
-        diagonals = [D / scale for D in diagonals]
+        diagonals = [D / scale for D in diagonals]  # first: each process has a scale of its own
+    all_reduce_mean(diagonals, opt.process_group)
     _check_finite(opt, params, diagonals)
     return {p: _average(D, group_of[p]) for p, D in zip(params, diagonals, strict=True)}
 
@@ -223,7 +221,7 @@ def _estimate_curvature(
 ) -> tuple[dict, float] | None:  # parameter -> curvature, where it was due; scale of the loss; None: skip the step
     "Look at everything a step needs, and change nothing. Raises what makes the step impossible."
     for group in self.param_groups:
-        list(self.with_grad(group))  # raises for a sparse gradient
+        check_shapes(self, group, list(self.with_grad(group)))
     scale = _loss_scale(self)
     if scale is None:
         return None
@@ -244,12 +242,13 @@ def _estimate_curvature(
 
 # %% ../nbs/optimizers/adahessian.ipynb #56966cc0
 def _update(opt: AveragingOptimizer, curvature: dict, scale: float, is_probe: bool):
-    "Average the gradients where asked for, undo the scale of the loss, and step all groups."
+    "Undo the scale of the loss, average the gradients where asked for, and step all groups."
+    for group in opt.param_groups if scale != 1 else ():
+        for p in opt.with_grad(group):
+            p.grad.div_(scale)
     averaging_groups = [group for group in opt.param_groups if group["average_gradients"]]
     all_reduce_mean([p.grad for group in averaging_groups for p in opt.with_grad(group)], opt.process_group)
     for group in opt.param_groups:
-        for p in opt.with_grad(group) if scale != 1 else ():
-            p.grad.div_(scale)
         _step_group(opt, group, curvature)
         if not is_probe:
             group["draws"] += group["age"] == 0
@@ -263,8 +262,10 @@ def _step(
 ):  # the closure's loss, or None
     """One step. Parameters without a gradient are left alone; afterwards no gradient has a graph any more.
 
-    Raises `RuntimeError` for sparse gradients, without a graph, and after `GradScaler.unscale_`, and
-    `FloatingPointError` if the curvature is not finite, naming the parameter, before anything is modified."""
+    Raises `RuntimeError` for gradients that are sparse or have lost their graph, for a state that does not fit its
+    parameter, and after `GradScaler.unscale_`, and `FloatingPointError` if the curvature is not finite, naming the
+    parameter, before anything is modified."""
+    notes = self.watch()
     loss, is_probe = closure_loss(closure), _is_checkpoint_probe(self)
     try:
         estimate = self._estimate_curvature()
@@ -273,7 +274,8 @@ def _step(
             vars(self).pop(name, None)  # left by a GradScaler, whose next scale would be multiplied by it
         raise
     finally:
-        _drop_graphs(self)
+        drop_graphs(self)
+        notes.clear()
     if estimate is not None:
         _update(self, *estimate, is_probe)
     return loss
@@ -312,40 +314,55 @@ def _check(self: "AdaHessian", group: dict):
             )
 
 
-def _checked_defaults(arguments: dict) -> dict:
+def _hyperparameters(arguments: dict) -> dict:
     "The hyperparameters among the arguments of the constructor, its `locals()`, and the two counters of a group."
     others = ("self", "params", "process_group", "__class__")
-    defaults = {key: value for key, value in arguments.items() if key not in others} | {"age": 0, "draws": 0}
-    check_adahessian(defaults)
-    return defaults
+    return {key: value for key, value in arguments.items() if key not in others} | {"age": 0, "draws": 0}
 
 
 # %% ../nbs/optimizers/adahessian.ipynb #6bbefad2
+_ENTRIES = ("step", "hessian_step", "exp_avg", "exp_hessian_diag_sq")
+
+
+def _state_shapes(self: "AdaHessian", p: Tensor, group: dict) -> dict[str, torch.Size]:
+    "Shapes of the two averages of `p`."
+    return {"exp_avg": p.shape, "exp_hessian_diag_sq": averaged_shape(p.shape, group["average_window"])}
+
+
 def _restored_state(self: "AdaHessian", p: Tensor, group: dict, saved: dict) -> dict:
     """As in `AveragingOptimizer`. Files of the released code have one step count, and hold the curvature of
-    convolutions unreduced."""
+    convolutions unreduced. Raises `ValueError` if an entry is missing."""
     saved = dict(saved)
     if "step" in saved:
         saved.setdefault("hessian_step", saved["step"])
+    missing = [key for key in _ENTRIES if key not in saved]
+    if saved and missing:
+        raise ValueError(f"{' and '.join(missing)} are missing")
     v = saved.get("exp_hessian_diag_sq")
-    if v is not None and v.ndim > 2 and group["average_window"]:
+    if isinstance(v, Tensor) and v.shape == p.shape and v.ndim > 2 and group["average_window"]:
         saved["exp_hessian_diag_sq"] = v.mean(dim=tuple(range(2, v.ndim)), keepdim=True)
-    return AveragingOptimizer.restored_state(self, p, group, saved)
+    return WatchingOptimizer.restored_state(self, p, group, saved)
+
+
+def _is_own_group(group: dict) -> bool:  # of a checkpoint
+    "True for a group that `AdaHessian` has written, or the released code."
+    return "hessian_power" in group
 
 
 def _getstate(self: "AdaHessian") -> dict:
     "What a copy gets: all but the process group, of which only its absence can be copied."
     alone = {"process_group": False} if self.process_group is False else {}
-    return AveragingOptimizer.__getstate__(self) | alone
+    return WatchingOptimizer.__getstate__(self) | alone
 
 
 # %% ../nbs/optimizers/adahessian.ipynb #0b0ab67b
-class AdaHessian(AveragingOptimizer):
+class AdaHessian(WatchingOptimizer):
     """AdaHessian (arXiv 2006.00719): Adam with the diagonal of the Hessian in the denominator.
 
     Change `AdamW(...)` to it, and `loss.backward()` to `loss.backward(create_graph=True)`. For errors see `step`."""
 
     SCALARS = ("step", "hessian_step")
+    is_second_order = True  # timm asks for it to decide whether backward keeps the graph
     _step_supports_amp_scaling = True  # a GradScaler leaves the gradients as they are and says what their scale is
     process_group = None
 
@@ -366,16 +383,15 @@ class AdaHessian(AveragingOptimizer):
         average_gradients: bool = False,  # average the gradients over the processes too, for a model under no_sync
         seed: int = 0,  # of the random signs; the same in all processes
         maximize: bool = False,  # go uphill
-        state_dtype: torch.dtype | None = None,  # of the averages, e.g. torch.float32; None: the parameter's
+        state_dtype: torch.dtype | str | None = None,  # of the averages, e.g. torch.float32; None: the parameter's
         process_group=None,  # average the curvature over these; None: all processes, False: none. Not saved
     ):
         if process_group is not None:
             self.process_group = process_group
-        super().__init__(params, _checked_defaults(locals()))
+        super().__init__(params, _hyperparameters(locals()))
 
-    check = _check
+    check, is_own_group = _check, staticmethod(_is_own_group)
     needs_graph = _needs_graph
     _estimate_curvature = _estimate_curvature
     step = _step
-    restored_state = _restored_state
-    __getstate__ = _getstate
+    state_shapes, restored_state, __getstate__ = _state_shapes, _restored_state, _getstate

@@ -6,9 +6,6 @@
 __all__ = ["adan_reference", "check_adan", "Adan"]
 
 # %% ../nbs/optimizers/adan.ipynb #9b2a476f
-import math
-import warnings
-from functools import partial
 from typing import Callable
 
 import torch
@@ -18,24 +15,23 @@ from torch.optim.optimizer import _use_grad_for_differentiable
 from sgd_sai.internals.base import (
     AveragingOptimizer,
     average_dtype,
-    check_betas,
-    check_lr,
-    check_range,
     closure_loss,
     debias,
-    decay_,
     lr_of,
 )
 from sgd_sai.internals.sharding import (
     all_reduce_rows,
     any_sharded,
+    check_same_tensors,
     is_fsdp1_shard,
     redistribute_like,
     sharded_mesh_dims,
     to_local,
 )
 
-from .internals.chunks import CACHE_CHUNK, SINGLE_CORE_MAX, all_full_precision, as_real, chunks, in_float32
+from .adan_kernels import adan_factors, step_adan_tensors
+from .internals.loading import check_shapes, warn_of_checkpoint
+from .internals.options import check_betas, check_lr, check_range
 
 
 # %% ../nbs/optimizers/adan.ipynb #34d71fd8
@@ -61,132 +57,6 @@ def adan_reference(
     if maximize:
         u = -u
     return theta * (1 - lr * weight_decay) - lr * u if no_prox else (theta - lr * u) / (1 + lr * weight_decay)
-
-
-# %% ../nbs/optimizers/adan.ipynb #ac0c9e7d
-def _step_factors(
-    t,  # step count of the parameter: float, or 0-d tensor
-    lr,  # learning rate, float or 0-d tensor; negative: go uphill
-    betas: tuple,  # decay rates of m, v and n
-) -> tuple:  # root, divisor of m, ratio of the divisors of v and m (None where beta_2 is 0)
-    "The three numbers of the step that depend on the step count."
-    c1, c2, c3 = (debias(beta, t) for beta in betas)
-    divisor = c1 / -lr if isinstance(lr, Tensor) or lr else -math.inf
-    return c3**0.5, divisor, c2 / (c1 * betas[1]) if betas[1] else None
-
-
-# %% ../nbs/optimizers/adan.ipynb #c9d6f6f9
-def _step_tensor(
-    p: Tensor,  # the parameter
-    g: Tensor,  # its gradient, the only tensor that is not changed
-    m: Tensor,  # exp_avg
-    v: Tensor,  # exp_avg_diff
-    n: Tensor,  # exp_avg_sq
-    buffer: Tensor,  # neg_pre_grad: minus the last gradient before the step, minus this one after it
-    *,
-    factors: tuple,  # from _step_factors
-    betas: tuple,  # decay rates of m, v and n
-    eps: float,  # added to the denominator
-    decay_before,  # share of p that goes before the step: float, 0-d tensor or None
-    decay_after,  # share of p that goes after the step
-    path_length: Tensor | None = None,  # 0-d; the length of the step is added to it, see "Restarts"
-):
-    "The equations on one tensor, in place."
-    (root, divisor, ratio), (b1, b2, b3) = factors, betas
-    buffer.add_(g)  # d
-    m.lerp_(g, 1 - b1)
-    v.lerp_(buffer, 1 - b2)
-    buffer.mul_(b2).add_(g)  # g + b2 d
-    n.mul_(b3).addcmul_(buffer, buffer, value=1 - b3)
-    buffer.copy_(n).sqrt_().div_(root).add_(eps)  # the denominator
-    old_p, metric = (p.clone(), buffer.clone()) if path_length is not None else (None, None)
-    decay_([p], decay_before)
-    p.addcdiv_(m, buffer.mul_(divisor))
-    if ratio is not None:
-        p.addcdiv_(v, buffer.mul_(ratio))
-    decay_([p], decay_after)
-    if path_length is not None:
-        path_length.add_(metric.mul_((p - old_p).square_()).sum().to(path_length.device))
-    buffer.copy_(g).neg_()
-
-
-# %% ../nbs/optimizers/adan.ipynb #7d46c1e2
-def _for_loop(
-    tensors: list[tuple],  # (p, g, m, v, n, buffer) for each parameter
-    factors: list[tuple],  # from _step_factors, for each parameter
-    path_lengths: list,  # 0-d tensor or None, for each parameter
-    **options,  # betas, eps, decay_before, decay_after
-):
-    "Adan, one tensor after the other, each in chunks that fit into the cache."
-    for entry, entry_factors, path_length in zip(tensors, factors, path_lengths, strict=True):
-        entry = [as_real(t) for t in entry]
-        step = partial(_step_tensor, factors=entry_factors, path_length=path_length, **options)
-        if not all_full_precision(*entry):
-            in_float32(step, *entry, changed=(0, 2, 3, 4, 5))
-        else:
-            on_cpu = entry[0].device.type == "cpu"
-            for chunk in chunks(*entry, size=CACHE_CHUNK if on_cpu else entry[0].numel()):
-                step(*chunk)
-
-
-# %% ../nbs/optimizers/adan.ipynb #e90c566c
-def _foreach(
-    tensors: list[tuple],  # (p, g, m, v, n, buffer) for each parameter; one device, one dtype, no sixteen-bit types
-    factors: list[tuple],  # from _step_factors, for each parameter
-    *,
-    betas: tuple,  # the rest as in _step_tensor
-    eps: float,
-    decay_before,
-    decay_after,
-):
-    "Adan with each operation of all tensors in one call."
-    params, grads, ms, vs, ns, buffers = ([as_real(t) for t in column] for column in zip(*tensors, strict=True))
-    roots, divisors, ratios = map(list, zip(*factors, strict=True))
-    b1, b2, b3 = betas
-    torch._foreach_add_(buffers, grads)
-    torch._foreach_lerp_(ms, grads, 1 - b1)
-    torch._foreach_lerp_(vs, buffers, 1 - b2)
-    torch._foreach_mul_(buffers, b2)
-    torch._foreach_add_(buffers, grads)
-    torch._foreach_mul_(ns, b3)
-    torch._foreach_addcmul_(ns, buffers, buffers, value=1 - b3)
-    torch._foreach_copy_(buffers, ns)
-    torch._foreach_sqrt_(buffers)
-    torch._foreach_div_(buffers, roots)
-    torch._foreach_add_(buffers, eps)
-    decay_(params, decay_before)
-    torch._foreach_mul_(buffers, divisors)
-    torch._foreach_addcdiv_(params, ms, buffers)
-    if b2:
-        torch._foreach_mul_(buffers, ratios)
-        torch._foreach_addcdiv_(params, vs, buffers)
-    decay_(params, decay_after)
-    torch._foreach_copy_(buffers, grads)
-    torch._foreach_neg_(buffers)
-
-
-# %% ../nbs/optimizers/adan.ipynb #a5c6cdac
-def _can_foreach(tensors: list[tuple], path_lengths: list) -> bool:
-    "True if all tensors are ordinary ones of one dtype with more than sixteen bits, and no path length is asked for."
-    kinds = {(t.dtype, type(t) in (Tensor, torch.nn.Parameter)) for entry in tensors for t in entry}
-    if len(kinds) != 1 or any(length is not None for length in path_lengths):
-        return False
-    ((dtype, is_ordinary),) = kinds
-    return is_ordinary and dtype not in (torch.float16, torch.bfloat16)
-
-
-def _step_tensors(group: dict, tensors: list[tuple], factors: list[tuple], path_lengths: list, options: dict):
-    "Step tensors of one device and dtype with the implementation that `group` asks for, or the fastest there is."
-    if group["foreach"] is False or not _can_foreach(tensors, path_lengths):
-        _for_loop(tensors, factors, path_lengths, **options)
-    elif group["foreach"] or tensors[0][0].device.type == "cuda" or torch.compiler.is_compiling():
-        _foreach(tensors, factors, **options)
-    else:
-        small = [i for i, (p, *_) in enumerate(tensors) if p.numel() <= SINGLE_CORE_MAX]
-        large = [i for i, (p, *_) in enumerate(tensors) if p.numel() > SINGLE_CORE_MAX]
-        if small:
-            _foreach([tensors[i] for i in small], [factors[i] for i in small], **options)
-        _for_loop(*([column[i] for i in large] for column in (tensors, factors, path_lengths)), **options)
 
 
 # %% ../nbs/optimizers/adan.ipynb #fa614134
@@ -220,7 +90,7 @@ def _init_group(opt: AveragingOptimizer, group: dict) -> list[list[Tensor]]:
 _STATE_TENSORS = ("exp_avg", "exp_avg_diff", "exp_avg_sq", "neg_pre_grad")  # state entries of the parameter's shape
 
 
-def _decay_options(group: dict, lr) -> dict:  # decay_before and decay_after of _step_tensor
+def _decay_options(group: dict, lr) -> dict:  # decay_before and decay_after of a step
     "The shares of a parameter that weight decay takes before the step (AdamW's form) and after it (proximal form)."
     decay = lr * group["weight_decay"] if group["weight_decay"] else None
     if decay is None or group["no_prox"]:
@@ -245,7 +115,7 @@ def _step_in_place(opt: AveragingOptimizer, group: dict, params: list, lr):
         state["step"] += 1
     on_device = group["capturable"] or torch.compiler.is_compiling()
     step_counts = [state["step"] if on_device else state["step"].item() for state in states]
-    factors = [_step_factors(t, -lr if group["maximize"] else lr, group["betas"]) for t in step_counts]
+    factors = [adan_factors(t, -lr if group["maximize"] else lr, group["betas"]) for t in step_counts]
     grads = [redistribute_like(p.grad, p) for p in params]
     tensors = [(p, g, *(s[key] for key in _STATE_TENSORS)) for p, g, s in zip(params, grads, states, strict=True)]
     if any_sharded(params):
@@ -253,7 +123,7 @@ def _step_in_place(opt: AveragingOptimizer, group: dict, params: list, lr):
     has_radius = group["restart_radius"] is not None
     path_lengths = [torch.zeros_like(state["path"]) if has_radius else None for state in states]
     options = dict(betas=group["betas"], eps=group["eps"], **_decay_options(group, lr))
-    _step_tensors(group, tensors, factors, path_lengths, options)
+    step_adan_tensors(tensors, factors, path_lengths, group["foreach"], options)
     if has_radius:
         _add_path_lengths(params, states, path_lengths)
 
@@ -315,32 +185,67 @@ def check_adan(group: dict):
 
 
 # %% ../nbs/optimizers/adan.ipynb #90945401
-def _checked_defaults(arguments: dict) -> dict:
-    "The hyperparameters among the arguments of the constructor, its `locals()`. Raises as `check_adan` does."
-    defaults = {key: value for key, value in arguments.items() if key not in ("self", "params", "__class__")}
-    check_adan(defaults)
-    return defaults
+def _hyperparameters(arguments: dict) -> dict:
+    "The hyperparameters among the arguments of the constructor, its `locals()`."
+    return {key: value for key, value in arguments.items() if key not in ("self", "params", "__class__")}
 
 
 # %% ../nbs/optimizers/adan.ipynb #f801d8c0
-def _convert_released_state(opt: AveragingOptimizer):
-    "After loading a file of the released code: give the step count of each group to its parameters."
-    for group in opt.param_groups:
+def _converted(self: "Adan", checkpoint: dict) -> dict:
+    "A checkpoint, perhaps of the released code, whose groups have one step count: it is given to their parameters."
+    state, groups = dict(checkpoint["state"]), []
+    for group in map(dict, checkpoint["param_groups"]):
         t, max_norm = group.pop("step", None), group.pop("max_grad_norm", 0)
         group.pop("fused", None)
         if max_norm:
-            warnings.warn(
+            warn_of_checkpoint(
                 f"this checkpoint was clipping gradients at norm {max_norm}: "
-                "call torch.nn.utils.clip_grad_norm_ before step to go on doing so",
-                stacklevel=3,
+                "call torch.nn.utils.clip_grad_norm_ before step to go on doing so"
             )
-        for p in group["params"]:
-            if t is None or not opt.state.get(p) or "step" in opt.state[p]:
+        for i in group["params"]:
+            if t is None or not state.get(i) or "step" in state[i]:
                 continue
             if t:
-                opt.state[p]["step"] = opt.scalar(p, group, t)
+                state[i] = state[i] | {"step": t}
             else:
-                opt.restart(p)  # the file was written after a restart
+                del state[i]  # the file was written after a restart
+        groups.append(group)
+    return checkpoint | {"state": state, "param_groups": groups}
+
+
+# %% ../nbs/optimizers/adan.ipynb #b4cd8a07
+def _state_shapes(self: "Adan", p: Tensor, group: dict) -> dict[str, torch.Size]:
+    "The averages and the last gradient have the shape of `p`."
+    return dict.fromkeys(_STATE_TENSORS, p.shape)
+
+
+# %% ../nbs/optimizers/adan.ipynb #d197e0f5
+def _fits(p: Tensor, state: dict | None) -> bool:
+    "True if the gradient of `p` and its averages have its shape and its device."
+    shape, device = p.shape, p.device
+    for t in (p.grad, *(state[key] for key in _STATE_TENSORS if key in state)) if state else (p.grad,):
+        if t.shape != shape or t.device != device:
+            return False
+    return True
+
+
+def _check_groups(opt: AveragingOptimizer):
+    "Raise `RuntimeError` for a sparse gradient, and if a gradient or a state does not fit its parameter."
+    for group in opt.param_groups:
+        check_shapes(opt, group, [p for p in opt.with_grad(group) if not _fits(p, opt.state.get(p))])
+
+
+@torch._disable_dynamo
+def _check_same_everywhere(opt: AveragingOptimizer):
+    "Raise `RuntimeError` in all processes if they would add up the paths of other parameters."
+    with_radius = [group for group in opt.param_groups if group["restart_radius"] is not None]
+    params = [p for group in with_radius for p in group["params"]]
+    if any_sharded(params):
+        names, notes = (
+            [opt.name_of(p) for p in params],
+            ["no gradient" if p.grad is None else "a gradient" for p in params],
+        )
+        check_same_tensors(names, params, notes)
 
 
 # %% ../nbs/optimizers/adan.ipynb #54f07796
@@ -349,8 +254,8 @@ def _step(opt: AveragingOptimizer, closure: Callable | None):
     "The step of `Adan`: the closure, the groups one after the other, and the criterion of the restarts."
     with torch.enable_grad():
         loss = closure_loss(closure)  # torch.compile skips functions that never call torch, hence enable_grad here
-    for group in opt.param_groups:
-        list(opt.with_grad(group))  # raises for a sparse gradient
+    _check_groups(opt)
+    _check_same_everywhere(opt)
     for group in opt.param_groups:
         _step_group(opt, group)
     if any(group["restart_radius"] is not None for group in opt.param_groups):
@@ -365,7 +270,7 @@ class Adan(AveragingOptimizer):
     Raises `ValueError` or `RuntimeError` for wrong hyperparameters; `step` raises the latter for sparse gradients."""
 
     SCALARS = ("step", "path")
-    check = staticmethod(check_adan)
+    check, converted, state_shapes = staticmethod(check_adan), _converted, _state_shapes
 
     def __init__(
         self,
@@ -381,9 +286,9 @@ class Adan(AveragingOptimizer):
         foreach: bool | None = None,  # implementation; None: the fastest that the tensors allow
         capturable: bool = False,  # keep step counts on the device, for capture in a CUDA graph
         differentiable: bool = False,  # let autograd run through the step
-        state_dtype: torch.dtype | None = None,  # of the averages, e.g. torch.float32; None: the parameter's
+        state_dtype: torch.dtype | str | None = None,  # of the averages, e.g. torch.float32; None: the parameter's
     ):
-        super().__init__(params, _checked_defaults(locals()))
+        super().__init__(params, _hyperparameters(locals()))
 
     def step(self, closure: Callable | None = None):
         "One step. Calls `closure` once and returns its loss. Parameters without a gradient are left alone."
@@ -391,10 +296,10 @@ class Adan(AveragingOptimizer):
 
     def restart(self, params=None):
         "Make the next step of `params` (a parameter, several, or None: all) their first. Capture a CUDA graph again."
-        for p in [params] if isinstance(params, Tensor) else list(self.state if params is None else params):
+        everything = [p for group in self.param_groups for p in group["params"]]
+        for p in [params] if isinstance(params, Tensor) else list(everything if params is None else params):
             self.state.pop(p, None)
 
-    def load_state_dict(self, state_dict):
-        "As in PyTorch, without loss of precision; files of the released code load too."
-        super().load_state_dict(state_dict)
-        _convert_released_state(self)
+    def is_own_group(self, group: dict) -> bool:
+        "True for a group that `Adan` has written, or the released code."
+        return "no_prox" in group

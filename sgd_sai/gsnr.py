@@ -71,10 +71,10 @@ def _moments_of_sums(
     sums,  # (..., 3): sum of the entries, real and imaginary part, and sum of their squares
     n,  # (...): number of entries
     correction: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # norm, mean (the modulus of a complex one), standard deviation, float64
+) -> tuple[Tensor, Tensor, Tensor]:  # norm, mean (the modulus of a complex one), standard deviation, float64, CPU
     "Norm, mean and standard deviation from sums over whole tensors."
-    re, im, square = torch.as_tensor(sums, dtype=torch.float64).unbind(-1)
-    n = torch.as_tensor(n, dtype=torch.float64)
+    re, im, square = torch.as_tensor(sums, dtype=torch.float64, device="cpu").unbind(-1)
+    n = torch.as_tensor(n, dtype=torch.float64, device="cpu")
     mean = torch.where(im == 0, re, torch.hypot(re, im)) / n
     var = torch.where(n > 1, (square - n * mean**2).clamp(min=0) / (n - correction), 0.0)
     return square.sqrt(), mean, var.sqrt()
@@ -93,7 +93,7 @@ def _shard_sums(shard: Tensor) -> Tensor:
         sums = _row_sums(shard)
         norm, _, std = _moments_of_sums(sums, n, 0)
         if _is_exact(norm, std, n):
-            return torch.tensor(sums, dtype=torch.float64)
+            return torch.tensor(sums, dtype=torch.float64, device="cpu")
     if not n:
         return torch.zeros(3, dtype=torch.float64, device=shard.device)
     var, mean = torch.var_mean(_widen(shard), correction=0)
@@ -113,11 +113,11 @@ def _global_sums(grads: list[Tensor]) -> list[list[float]]:
 def norm_mean_std(
     grad: Tensor,  # any shape; floating point or complex, dense or sharded
     correction: int = 1,  # 1: divide by n-1, 0: by n
-) -> tuple[Tensor, Tensor, Tensor]:  # 0-d, float32 or better; all 0 for an empty tensor
+) -> tuple[Tensor, Tensor, Tensor]:  # 0-d, float32 or better, where grad is; all 0 for an empty tensor
     "Norm, mean and standard deviation of the entries of `grad`, read once; that of a single entry is 0."
     n = grad.numel()
     if sharded_mesh_dims(grad):
-        return _moments_of_sums(_global_sums([grad])[0], n, correction)
+        return tuple(x.to(grad.device) for x in _moments_of_sums(_global_sums([grad])[0], n, correction))
     grad = to_local(grad)
     if n >= _ROW and _by_rows(grad):
         norm, mean, std = _moments_of_sums(_row_sums(grad), n, correction)
@@ -180,8 +180,9 @@ def _read_by_sums(grads: list[Tensor], correction: int) -> tuple[list[int], Tens
     sharded = [i for i, grad in enumerate(grads) if sharded_mesh_dims(grad)]
     sums = dict(zip(sharded, _global_sums([grads[i] for i in sharded]), strict=True))
     sums |= _cpu_sums({i: to_local(grad) for i, grad in enumerate(grads) if i not in sums})
-    n = torch.tensor([grads[i].numel() for i in sums], dtype=torch.float64)
-    norm, _, std = _moments_of_sums(torch.tensor([*sums.values()], dtype=torch.float64).view(-1, 3), n, correction)
+    n = torch.tensor([grads[i].numel() for i in sums], dtype=torch.float64, device="cpu")
+    rows = torch.tensor([*sums.values()], dtype=torch.float64, device="cpu").view(-1, 3)
+    norm, _, std = _moments_of_sums(rows, n, correction)
     told = _is_exact(norm, std, n)
     told[: len(sharded)] = True  # these are exact already, shard by shard
     return [i for i, ok in zip(sums, told.tolist(), strict=True) if ok], norm[told], std[told]
@@ -208,7 +209,7 @@ def gsnr_values(
     others = {i: to_local(grad.detach()) for i, grad in enumerate(grads) if i not in done}
     G = [0.0] * len(grads)
     for index, norm, std in [by_sums, *_read_by_welford(others, correction)]:
-        n = torch.tensor([grads[i].numel() for i in index], dtype=norm.dtype)
+        n = torch.tensor([grads[i].numel() for i in index], dtype=norm.dtype, device=norm.device)
         for i, value in zip(index, _gsnr_of(norm, std, n, eps).tolist(), strict=True):
             G[i] = value
     return G

@@ -7,8 +7,10 @@ __all__ = ["GSNRRow", "layer_kind", "GSNRTable", "gsnr_table", "plot_gsnr", "gsn
 
 # %% ../nbs/optimizers/gsnr_of_models.ipynb #02e34a52
 import math
+from contextlib import contextmanager
 from typing import Callable, Iterable, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from .gsnr import gsnr, norm_mean_std
@@ -170,27 +172,53 @@ def plot_gsnr(
 
 
 # %% ../nbs/optimizers/gsnr_of_models.ipynb #b637dc3a
+def _buffers(model: nn.Module) -> list[tuple[dict, str, Tensor]]:
+    "Every buffer with the dictionary that holds it and its key there."
+    return [(m._buffers, key, t) for m in model.modules() for key, t in m._buffers.items() if t is not None]
+
+
+@contextmanager
+def _put_back(model: nn.Module):
+    "Afterwards the gradients, buffers and modes of `model` are what they are now."
+    grads, modes = [(p, p.grad) for p in model.parameters()], [(m, m.training) for m in model.modules()]
+    buffers = [(holder, key, buffer, buffer.clone()) for holder, key, buffer in _buffers(model)]
+    try:
+        yield
+    finally:
+        for p, grad in grads:
+            p.grad = grad
+        for module, training in modes:
+            module.training = training
+        for holder, key, buffer, content in buffers:
+            holder[key] = buffer
+            if not torch.equal(buffer, content):
+                buffer.detach().copy_(content)
+
+
+# %% ../nbs/optimizers/gsnr_of_models.ipynb #946371d2
+def _gpus() -> list[int]:
+    "The GPUs whose random state there is."
+    return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+
+
 def gsnr_batches(
-    model: nn.Module,  # its parameters stay as they are, and so do the gradients it holds
+    model: nn.Module,  # its gradients, buffers and modes are the same afterwards, and so is the random state
     loss_fn: Callable,  # loss_fn(model, batch) -> 0-d loss
     batches: Iterable,  # whatever loss_fn understands, one after the other
     eps: float = 1e-8,  # as in gsnr
 ) -> list[GSNRTable]:  # one table per batch
-    "g-SNR of every tensor on each of several batches, all at the present parameters."
-    before = [(p, p.grad) for p in model.parameters()]
+    "g-SNR of every tensor on each of several batches, all at the present parameters and buffers."
     tables = []
-    try:
+    with torch.random.fork_rng(devices=_gpus()):
         for batch in batches:
-            for p, _ in before:
-                p.grad = None
-            loss_fn(model, batch).backward()
-            tables.append(gsnr_table(model, eps))
-    finally:
-        for p, grad in before:
-            p.grad = grad
+            with _put_back(model):
+                model.zero_grad(set_to_none=True)
+                loss_fn(model, batch).backward()
+                tables.append(gsnr_table(model, eps))
     return tables
 
 
+# %% ../nbs/optimizers/gsnr_of_models.ipynb #1c646ccd
 def average_gsnr(
     tables: list[GSNRTable],  # of the same tensors, e.g. from gsnr_batches
 ) -> GSNRTable:  # the same rows with norm, mean, std, gsnr and ratio averaged

@@ -4,9 +4,12 @@
 
 # %% auto #0
 __all__ = [
+    "NO_SECOND_DERIVATIVE",
+    "CHANGED_SINCE",
     "random_signs",
     "hutchinson_diagonal",
     "spatial_average",
+    "averaged_shape",
     "signs_by_group",
     "is_distributed",
     "all_reduce_mean",
@@ -31,13 +34,34 @@ def random_signs(
 
 
 # %% ../nbs/optimizers/hutchinson.ipynb #323d7a01
-_NO_SECOND_DERIVATIVE = (
+NO_SECOND_DERIVATIVE = (
     "an operation of this model has no second derivative, which AdaHessian needs. "
     "If it is attention, compute the forward pass inside "
-    "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH): the fused kernels have only a first one"
+    "torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH): the fused kernels have only a first one. "
+    "If it is a recurrent layer, compute it inside torch.backends.cudnn.flags(enabled=False)"
 )
+CHANGED_SINCE = (  # to be completed with who has done it
+    "a tensor from which the curvature is computed was changed after the backward pass, by {}: "
+    "let AdaHessian step first, and the other optimizers, averages of weights and what else changes the model after it"
+)
+_SECOND_PASS_ERRORS = {  # part of PyTorch's message -> ours
+    "is not implemented": NO_SECOND_DERIVATIVE,
+    "once_differentiable": NO_SECOND_DERIVATIVE,
+    "does not currently support double backward": "a compiled model has no second derivative, which AdaHessian needs: "
+    "train the model without torch.compile",
+    "modified by an inplace operation": CHANGED_SINCE.format("another optimizer, most likely"),
+    "use_reentrant=True": "a reentrant checkpoint keeps no graph of the gradients: "
+    "give torch.utils.checkpoint.checkpoint, or gradient_checkpointing_kwargs, use_reentrant=False",
+}
 
 
+def _explained(error: RuntimeError) -> RuntimeError:
+    "The error of the second backward pass, with what to do about it where that is known."
+    said = str(error)
+    return next((RuntimeError(advice) for part, advice in _SECOND_PASS_ERRORS.items() if part in said), error)
+
+
+# %% ../nbs/optimizers/hutchinson.ipynb #dbd0a629
 def hutchinson_diagonal(
     grads: list[Tensor],  # gradients with their graphs, from backward(create_graph=True) or autograd.grad
     params: list[Tensor],  # what they are the gradients of, same shapes
@@ -46,7 +70,7 @@ def hutchinson_diagonal(
 ) -> list[Tensor]:  # one for each parameter, its shape; signed
     """An unbiased estimate of the diagonal of the Hessian (arXiv 2006.00719, section 3). Frees the graphs.
 
-    Raises `RuntimeError` when an operation has no second derivative."""
+    Raises `RuntimeError` when an operation has no second derivative, or its input was changed since."""
     diagonals = [torch.zeros_like(p, requires_grad=False) for p in params]
     curved = [i for i, g in enumerate(grads) if g.requires_grad]
     curved_params, curved_grads = [params[i] for i in curved], [grads[i] for i in curved]
@@ -55,9 +79,7 @@ def hutchinson_diagonal(
         try:
             products = torch.autograd.grad(curved_grads, curved_params, z, retain_graph=not is_last, allow_unused=True)
         except RuntimeError as e:
-            if "is not implemented" in str(e):
-                raise RuntimeError(_NO_SECOND_DERIVATIVE) from e
-            raise
+            raise _explained(e) from e
         for i, z_i, Hz_i in zip(curved, z, products, strict=True):
             if Hz_i is not None:
                 diagonals[i].addcmul_(z_i, Hz_i, value=1 / n_samples)
@@ -88,6 +110,14 @@ def spatial_average(
     elif D.ndim == 2 and block_size > 1:
         D = _block_means(D, block_size)
     return D.abs() if signed else D
+
+
+def averaged_shape(
+    shape: torch.Size,  # of the parameter
+    window: bool = True,  # as in `spatial_average`
+) -> torch.Size:
+    "The shape of what `spatial_average` returns."
+    return shape[:2] + (1,) * (len(shape) - 2) if window and len(shape) > 2 else shape
 
 
 # %% ../nbs/optimizers/hutchinson.ipynb #fe11d544

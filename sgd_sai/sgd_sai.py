@@ -16,7 +16,7 @@ from .gsnr import gsnr
 from .init_scales import collect_grads, init_scales
 from .internals.base import closure_loss
 from .kernels import step_groups
-from .scaled_optimizer import ScaledOptimizer, check_sgd_sai
+from .scaled_optimizer import ScaledOptimizer, check_sgd_sai, is_sgd_sai_group
 
 
 # %% ../nbs/optimizers/sgd_sai.ipynb #7fbb8d6d
@@ -67,15 +67,14 @@ class SGDSaI(ScaledOptimizer):
         fused: bool | None = None,  # one kernel per tensor, PyTorch's of fused SGD
         capturable: bool = False,  # keep G on the device, so that steps can be captured in a CUDA graph
         differentiable: bool = False,  # let autograd run through the step; G counts as a constant
-        state_dtype: torch.dtype | None = None,  # of the momentum, e.g. torch.bfloat16, torch.int8; None: as theta
+        state_dtype: torch.dtype | str | None = None,  # of the momentum, as torch.bfloat16 or torch.int8; None: theta's
         rounding: str | None = None,  # 'nearest', 'stochastic', 'kahan'; None: stochastic for narrower momenta only
         max_ratio: float | None = 10.0,  # G is held at this many times sqrt(numel); None: no limit
     ):
         defaults = {key: value for key, value in locals().items() if key not in ("self", "params", "__class__")}
-        self.check(defaults)
         super().__init__(params, defaults)
 
-    check = staticmethod(check_sgd_sai)
+    check, is_own_group = staticmethod(check_sgd_sai), staticmethod(is_sgd_sai_group)
 
     @_use_grad_for_differentiable
     def step(self, closure: Callable | None = None):  # evaluates the model and returns the loss; called once

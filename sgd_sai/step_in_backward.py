@@ -12,40 +12,74 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
+from sgd_sai.internals.backward_passes import (
+    graph_nodes,
+    inside_another_backward,
+    is_scaled,
+    reentrant_checkpoints,
+    root_nodes,
+    running_roots,
+)
+
+from .internals.loading import check_shapes
 from .kernels import step_groups
 from .sgd_sai import SGDSaI
 
 
 # %% ../nbs/optimizers/step_in_backward.ipynb #62b0e03e
+def _group_of(optimizer: torch.optim.Optimizer, p: Tensor, place: tuple[int, int]) -> dict | None:
+    "The group of `p`, which once stood at `place` (group, position in it); None if it is no parameter any more."
+    groups, (i, j) = optimizer.param_groups, place
+    if i < len(groups) and j < len(groups[i]["params"]) and groups[i]["params"][j] is p:
+        return groups[i]
+    return next((group for group in groups if any(q is p for q in group["params"])), None)
+
+
+def _hold(hooks: "GradientHooks"):
+    "Let the optimizer hold the object."
+    held = hooks.optimizer.__dict__.setdefault("_gradient_hooks", [])
+    if hooks not in held:
+        held.append(hooks)
+
+
+def _release(hooks: "GradientHooks"):
+    "The opposite of `_hold`."
+    if hooks in hooks.optimizer._gradient_hooks:
+        hooks.optimizer._gradient_hooks.remove(hooks)
+
+
+def _call_ready(hooks_ref: weakref.ref, place: tuple[int, int], p: Tensor):
+    "The hook."
+    hooks = hooks_ref()
+    if hooks is not None and hooks.active and (group := _group_of(hooks.optimizer, p, place)) is not None:
+        hooks.ready(p, group)
+
+
+# %% ../nbs/optimizers/step_in_backward.ipynb #e1f1d425
 class GradientHooks:
     "Calls `ready(p, group)`, a method of a subclass, when the gradient of a parameter of `optimizer` is complete."
 
     def __init__(self, optimizer: torch.optim.Optimizer):
         self.optimizer, self.active, self.hooks = optimizer, True, {}
-        optimizer.__dict__.setdefault("_gradient_hooks", []).append(self)
         self.attach()
 
     def attach(self):
         "Hook the parameters that require a gradient and have no hook yet; call it after unfreezing or adding some."
-        self_ref = weakref.ref(self)
-
-        def call_ready(p, index):
-            if (hooks := self_ref()) is not None and hooks.active:
-                hooks.ready(p, hooks.optimizer.param_groups[index])
-
-        for index, group in enumerate(self.optimizer.param_groups):
-            for p in group["params"]:
+        _hold(self)
+        for i, group in enumerate(self.optimizer.param_groups):
+            for j, p in enumerate(group["params"]):
                 if p.requires_grad and p not in self.hooks:
-                    self.hooks[p] = p.register_post_accumulate_grad_hook(partial(call_ready, index=index))
+                    call = partial(_call_ready, weakref.ref(self), (i, j))
+                    self.hooks[p] = p.register_post_accumulate_grad_hook(call)
 
     def remove(self):
         "Remove the hooks; from then on steps are ordinary ones."
         for hook in self.hooks.values():
             hook.remove()
         self.hooks = {}
-        if self in self.optimizer._gradient_hooks:
-            self.optimizer._gradient_hooks.remove(self)
+        _release(self)
 
     @contextmanager
     def no_step(self):
@@ -55,6 +89,14 @@ class GradientHooks:
             yield
         finally:
             self.active = True
+
+    def __getstate__(self) -> dict:
+        return vars(self) | {"hooks": bool(self.hooks)}
+
+    def __setstate__(self, state: dict):
+        vars(self).update(state, hooks={})
+        if state["hooks"]:
+            self.attach()
 
 
 # %% ../nbs/optimizers/step_in_backward.ipynb #b9599a46
@@ -74,14 +116,18 @@ def check_in_backward(optimizer: torch.optim.Optimizer):
 
 
 def _step_param(optimizer: SGDSaI, p: Tensor, group: dict):
-    "The step of one parameter. Raises `RuntimeError` for a sparse gradient."
+    "The step of one parameter. Raises `RuntimeError` for a sparse gradient, or a state that does not fit."
     entries = [(q, q.grad, optimizer.state.get(q)) for q in optimizer.with_grad({"params": [p]})]
+    check_shapes(optimizer, group, [p])
     step_groups(optimizer, [(group, entries)])
+    increment_version(p)  # fused kernels do not: a second backward pass over this graph has to be an error
 
 
 def _global_norm(norms: list[Tensor]) -> Tensor:  # 0-d
     "Norm of all gradients from the norm of each. Raises `RuntimeError` unless it is finite."
-    total = torch.linalg.vector_norm(torch.stack([x.to(norms[0].device) for x in norms])) if norms else torch.zeros(())
+    if not norms:
+        return torch.zeros((), dtype=torch.float32, device="cpu")
+    total = torch.linalg.vector_norm(torch.stack([x.to(norms[0].device) for x in norms]))
     if not total.isfinite():
         raise RuntimeError(
             f"the norm of the gradients is {total.item()}; nothing was changed. "
@@ -106,9 +152,113 @@ def _measure_norm(self: "StepInBackward", loss: Tensor) -> Tensor:  # 0-d
     return _global_norm(norms)
 
 
+# %% ../nbs/optimizers/step_in_backward.ipynb #5a2b8161
+_REENTRANT = (
+    "a step inside the backward pass does not go with reentrant checkpoints, which compute the gradient of a layer in "
+    "several backward passes; {} was not changed. Give torch.utils.checkpoint.checkpoint, or "
+    "gradient_checkpointing_kwargs, use_reentrant=False"
+)
+_SCALED = (
+    "a step inside the backward pass does not go with GradScaler, which multiplies all gradients; nothing was changed. "
+    "Use bfloat16, which needs no scaler, or call stepping.remove(). If a scaler of another model is meant, call "
+    "stepping.backward(loss) in place of loss.backward(): it can tell them apart"
+)
+
+
+def _check_loss(roots: list, running: bool):
+    "Raise `RuntimeError` for a loss whose backward pass (`running`: has begun) has incomplete or scaled gradients."
+    if reentrant_checkpoints(graph_nodes(root_nodes(roots))):
+        raise RuntimeError(_REENTRANT.format("the model"))
+    if is_scaled(roots, running):
+        raise RuntimeError(_SCALED)
+
+
+def _look_at_pass(self: "StepInBackward", p: Tensor):
+    "In the hook of `p`: raise `RuntimeError` where the running backward pass does not allow steps."
+    number = torch._C._current_graph_task_id()
+    if number == self.current_pass:
+        return
+    check_in_backward(self.optimizer)
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "a step inside the backward pass does not go with create_graph=True: the weights would change under the "
+            "graph; nothing was changed. Call stepping.remove(), and optimizer.step() after the last use of the graph"
+        )
+    if inside_another_backward():
+        raise RuntimeError(_REENTRANT.format(self.optimizer.name_of(p)))
+    if not self.has_checked:
+        _check_loss(running_roots(), running=True)
+    self.has_checked, self.current_pass = True, number
+    self.passes += self.norms is None and not self.is_explicit
+
+
+# %% ../nbs/optimizers/step_in_backward.ipynb #d4ea0288
+_STEPPING = weakref.WeakSet()  # all objects of the class below
+
+
+def _replace_others(self: "StepInBackward"):
+    "Take the parameters over from others, of this optimizer or of one before it: each steps once."
+    params = {p for group in self.optimizer.param_groups for p in group["params"]}
+    for other in [each for each in _STEPPING if each is not self]:
+        for p in params & other.hooks.keys():
+            other.hooks.pop(p).remove()
+        if not other.hooks:
+            other.remove()
+    _STEPPING.add(self)
+
+
+def _check_passes(stepping_ref: weakref.ref, optimizer: SGDSaI, args: tuple, kwargs: dict):
+    "Before `optimizer.step()`: raise `RuntimeError` if hooks have stepped in several backward passes since the last."
+    stepping = stepping_ref()
+    passes = stepping.passes if stepping is not None else 0
+    if passes > 1:
+        stepping.passes = 0
+        raise RuntimeError(
+            f"{passes} backward passes have stepped since the last optimizer.step(), each on its own gradients. To add "
+            "gradients up, run all backward passes but the last inside `with stepping.no_step():`"
+        )
+    if passes:
+        stepping.passes = 0
+
+
 # %% ../nbs/optimizers/step_in_backward.ipynb #2209c53a
+@torch.no_grad()
+def _use(self: "StepInBackward", p: Tensor, group: dict):
+    "Step `p`, or in the first of two passes note the norm of its gradient; then drop the gradient."
+    if self.norms is not None:
+        self.norms[p] = torch.linalg.vector_norm(p.grad)
+    elif self.max_norm is not None and self.factor is None:
+        raise RuntimeError("max_norm needs two backward passes: call backward(loss) in place of loss.backward()")
+    else:
+        if self.factor is not None:
+            p.grad.mul_(self.factor.to(p.grad.device))
+        _step_param(self.optimizer, p, group)
+    p.grad = None
+
+
+def _backward(self: "StepInBackward", loss: Tensor) -> Tensor | None:
+    """Backward pass with the step in it. Returns the global norm before clipping, where there is a max_norm.
+
+    Raises `RuntimeError` for a loss that a GradScaler has scaled, and for one with reentrant checkpoints."""
+    if not self.has_checked:
+        _check_loss([loss], running=False)
+    self.has_checked = self.is_explicit = True
+    try:
+        if self.max_norm is None:
+            return loss.backward()
+        norm = self.norm(loss)
+        self.factor = (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
+        loss.backward()
+        return norm
+    finally:
+        self.factor, self.is_explicit = None, False
+
+
+# %% ../nbs/optimizers/step_in_backward.ipynb #8efb781a
 class StepInBackward(GradientHooks):
-    "Makes `optimizer` step inside `loss.backward()` and drops each gradient. Raises as `check_in_backward` does."
+    """Makes `optimizer` step inside `loss.backward()` and drops each gradient. Raises as `check_in_backward` does.
+
+    A backward pass whose gradients are incomplete or scaled raises `RuntimeError` before anything steps."""
 
     def __init__(
         self,
@@ -116,32 +266,31 @@ class StepInBackward(GradientHooks):
         max_norm: float | None = None,  # clip at this global norm, as torch.nn.utils.clip_grad_norm_; None: do not
     ):
         check_in_backward(optimizer)
-        super().__init__(optimizer)
         self.max_norm, self.factor, self.norms = max_norm, None, None
+        self.current_pass, self.passes, self.is_explicit, self.step_hook = None, 0, False, None
+        super().__init__(optimizer)
 
-    @torch.no_grad()
+    def attach(self):
+        "As in `GradientHooks`; parameters hooked by another object are taken over, and the loss is looked at anew."
+        _replace_others(self)
+        self.has_checked = False
+        if self.step_hook is None:
+            self.step_hook = self.optimizer.register_step_pre_hook(partial(_check_passes, weakref.ref(self)))
+        super().attach()
+
+    def remove(self):
+        "Remove the hooks; from then on steps are ordinary ones."
+        super().remove()
+        _STEPPING.discard(self)
+        if self.step_hook is not None:
+            self.step_hook = self.step_hook.remove()
+
     def ready(self, p: Tensor, group: dict):
-        "Step `p`, or in the first of two passes note the norm of its gradient; then drop the gradient."
-        if self.norms is not None:
-            self.norms[p] = torch.linalg.vector_norm(p.grad)
-        elif self.max_norm is not None and self.factor is None:
-            raise RuntimeError("max_norm needs two backward passes: call backward(loss) in place of loss.backward()")
-        else:
-            if self.factor is not None:
-                p.grad.mul_(self.factor.to(p.grad.device))
-            _step_param(self.optimizer, p, group)
-        p.grad = None
+        "Use the gradient of `p`, which is in `group`. Raises `RuntimeError` if it cannot be used."
+        _look_at_pass(self, p)
+        _use(self, p, group)
 
-    def backward(self, loss: Tensor) -> Tensor | None:
-        "Backward pass with the step in it. Returns the global norm before clipping, where there is a max_norm."
-        if self.max_norm is None:
-            return loss.backward()
-        norm = self.norm(loss)
-        self.factor = (self.max_norm / (norm + 1e-6)).clamp(max=1.0)
-        try:
-            loss.backward()
-        finally:
-            self.factor = None
-        return norm
+    def __getstate__(self) -> dict:
+        return super().__getstate__() | {"step_hook": None}
 
-    norm = _measure_norm
+    norm, backward = _measure_norm, _backward

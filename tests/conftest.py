@@ -94,10 +94,10 @@ def seeded():
 @pytest.fixture
 def kernels_for_small_tensors_too(monkeypatch):
     "Lower the limit of the shortcut for small tensors, so that the other implementations see the models of the tests."
-    import sgd_sai.adan
+    import sgd_sai.adan_kernels
     import sgd_sai.kernels
 
-    for module in (sgd_sai.adan, sgd_sai.kernels):
+    for module in (sgd_sai.adan_kernels, sgd_sai.kernels):
         monkeypatch.setattr(module, "SINGLE_CORE_MAX", 4)
 
 

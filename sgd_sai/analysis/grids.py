@@ -119,4 +119,4 @@ def tolerance(
                 "near": sum(abs(value - best) <= close for value in finished) / len(values),
             }
         )
-    return pd.DataFrame(rows).set_index("optimizer").sort_values("near", ascending=False)
+    return pd.DataFrame(rows).set_index("optimizer").sort_values("near", ascending=False, kind="stable")

@@ -35,6 +35,7 @@ import torch
 from torch import nn
 
 from ..benchmarks.model_shapes import MODELS
+from ..experiments.choices import check_device
 from ..experiments.run_specs import make_spec
 from ..experiments.runs import RunSpec, environment
 from ..experiments.tasks.task import Data, Task
@@ -152,10 +153,11 @@ def gsnr_record(
     seed: int = 0,
     batch_count: int = 8,
     weight_count: int = 5,
-    device: str | None = None,  # of the training: 'cpu', or None for a GPU when there is one
+    device: str | None = None,  # of the training: 'cpu' or 'cuda'; None: a GPU when there is one
     progress: Callable = lambda done, total: None,  # called after every step and batch
 ) -> dict:  # what gsnr_spec says, title, status, final, parameters, steps, tensors, environment
     "g-SNR of every tensor while `task` is trained with SGD-SaI, and at initialization on several batches and weights."
+    check_device(device)
     record = gsnr_spec(task, data, steps, seed, batch_count, weight_count)
     spec = make_spec(task, data, "sgd_sai", seed, steps)
     done, total = itertools.count(1), spec.steps + batch_count + weight_count
@@ -343,7 +345,7 @@ def deviations(
         if step is not None:
             frame = frame[frame.step == step]
         frame["off"] = np.log(frame.ratio).abs()
-        furthest.append(frame.sort_values("off", ascending=False).drop_duplicates("name").head(count))
+        furthest.append(frame.sort_values("off", ascending=False, kind="stable").drop_duplicates("name").head(count))
     if not furthest:
         return pd.DataFrame()
     table = pd.concat(furthest)

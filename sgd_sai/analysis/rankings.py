@@ -131,7 +131,11 @@ def ranking(
     for name in dict.fromkeys(run["optimizer"] for run in runs):
         mine = [run for run in runs if run["optimizer"] == name]
         rows.append(_ranking_row(task, mine, tuned, measured.get(name)))
-    return pd.DataFrame(rows).sort_values("mean", ascending=not task.higher_is_better).set_index("optimizer")
+    return (
+        pd.DataFrame(rows)
+        .sort_values("mean", ascending=not task.higher_is_better, kind="stable")
+        .set_index("optimizer")
+    )
 
 
 # %% ../../nbs/analysis/rankings.ipynb #d6ff428d

@@ -16,9 +16,15 @@ from .rankings import repository
 def report_notebooks(
     root=None,  # of the repository; None: found
 ) -> dict[str, Path]:  # name, e.g. 'ten_optimizers' -> file
-    "The reports by name. Raises `FileNotFoundError` outside of a repository."
-    folder = Path(root or repository()) / "nbs" / "reports"
-    return {path.stem: path for path in sorted(folder.glob("*.ipynb"))}
+    "The reports by name. Raises `FileNotFoundError` outside of a repository, which says what is missing there."
+    root = Path(root) if root else repository()
+    missing = [f"{name}/" for name in ("results", "sweeps", "nbs/reports") if not (root / name).is_dir()]
+    if missing:
+        raise FileNotFoundError(f"{root} is no clone of the repository: it has no {', '.join(missing)}")
+    notebooks = {path.stem: path for path in sorted((root / "nbs" / "reports").glob("*.ipynb"))}
+    if not notebooks:
+        raise FileNotFoundError(f"{root / 'nbs' / 'reports'} has no notebook")
+    return notebooks
 
 
 # %% ../../nbs/analysis/report_runner.ipynb #fbb53aaa
@@ -46,15 +52,23 @@ def rebuild(
     """Run a report in its folder and save its outputs.
     Raises `RuntimeError` with the last line of the error when a cell fails; then nothing is written."""
     import nbformat
+    from jupyter_client.kernelspec import NoSuchKernel
     from nbconvert.preprocessors import CellExecutionError, ExecutePreprocessor
 
-    notebook = nbformat.read(path, as_version=4)
+    try:
+        notebook = nbformat.read(path, as_version=4)
+    except (ValueError, AttributeError, nbformat.ValidationError) as e:  # AttributeError: JSON that is no mapping
+        raise RuntimeError(f"{path.name} is no notebook: {str(e).splitlines()[0]}") from None
     before = _outputs(notebook)
     runner = ExecutePreprocessor(timeout=timeout, record_timing=False, coalesce_streams=True)
     try:
         runner.preprocess(notebook, {"metadata": {"path": str(path.parent)}})
     except CellExecutionError as e:
         raise RuntimeError(f"{path.name}: {e.ename}: {e.evalue}") from None
+    except TimeoutError:
+        raise RuntimeError(f"{path.name}: a cell takes more than {timeout} s") from None
+    except NoSuchKernel as e:
+        raise RuntimeError(f"{path.name}: there is no Jupyter kernel {e.name!r}") from None
     _drop_counts(notebook)
     if changed := _outputs(notebook) != before:
         nbformat.write(notebook, path)

@@ -16,13 +16,16 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from ..experiments.choices import check_device
+
 
 # %% ../../nbs/benchmarks/measuring.ipynb #034ce522
 def random_parameters(
     shapes,  # of the parameters
     device: str = "cpu",  # or 'cuda'
 ) -> list[nn.Parameter]:
-    "Parameters with gradients of ordinary size, the same on every call."
+    "Parameters with gradients of ordinary size, the same on every call. Raises `UsageError` for an absent device."
+    check_device(device)
     generator = torch.Generator(device).manual_seed(0)
     params = [nn.Parameter(torch.randn(shape, generator=generator, device=device) * 0.02) for shape in shapes]
     for p in params:
@@ -51,6 +54,7 @@ def interleave(
     rounds: int = 20,  # steps of each
     device: str = "cpu",  # or 'cuda'
     budget: float = 60.0,  # seconds after which no further round begins; one is always made
+    on_round: Callable = lambda done: None,  # called after every round with their number
 ) -> tuple[list[float], list[float]]:  # seconds of step and of reference, round by round
     "Time two steps in turns; who goes first alternates."
     step_seconds, reference_seconds, begin = [], [], time.perf_counter()
@@ -58,6 +62,7 @@ def interleave(
         pair = [(step, step_seconds), (reference, reference_seconds)]
         for f, seconds in pair if turn % 2 else pair[::-1]:
             seconds.append(seconds_of(f, device))
+        on_round(turn + 1)
         if time.perf_counter() - begin > budget:
             break
     return step_seconds, reference_seconds

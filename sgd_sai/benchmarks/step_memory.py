@@ -29,6 +29,7 @@ from pathlib import Path
 
 import torch
 
+from ..experiments.choices import check_device
 from ..experiments.optimizer_entry import build_from_named
 from ..experiments.optimizers import get_optimizer, optimizer_label
 from ..experiments.runs import environment
@@ -207,8 +208,9 @@ def step_memory(
 
     Per optimizer: `rule_bytes` and `state_bytes` of the state, by rule and as kept; `model`, `forward`, `backward` and
     `step`, the memory after building the model and in the third step; `peak`, the most during that step. Raises
-    `UsageError` for an unknown optimizer, `ValueError` for LBFGS, which evaluates the model itself, and `RuntimeError`
-    when a process fails."""
+    `UsageError` for an unknown optimizer or an absent device, `ValueError` for LBFGS, which evaluates the model itself,
+    and `RuntimeError` when a process fails."""
+    check_device(device)
     _check_measurable(optimizers)
     size, costs = {**MODEL, **(size or {})}, {}
     for name in optimizers:

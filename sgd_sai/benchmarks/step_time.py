@@ -9,6 +9,7 @@ __all__ = ["choose", "build_for_benchmark", "prepared", "benchmark", "first_step
 import gc
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from sgd_sai.benchmarks.measuring import (
     seconds_of,
 )
 
+from ..experiments.errors import UsageError
 from ..experiments.optimizer_entry import OptimizerEntry, accepted, build_from_named, traffic_bytes
 from ..experiments.optimizers import get_optimizer, optimizer_names
 from .bandwidth import bandwidth, with_floor
@@ -111,6 +113,19 @@ def _row(entry: OptimizerEntry, note: str, seconds: list[float], reference: list
     }
 
 
+def _count_rounds(progress: Callable, before: int, total: int, label: str, done: int):
+    "Tell `progress` that an optimizer has made `done` rounds, and those before it `before`."
+    progress(before + done, total, label)
+
+
+def _reference_step(first: OptimizerEntry, params: list[nn.Parameter]) -> Callable:
+    "The step that all are timed with."
+    try:
+        return prepared(first, params)[0]
+    except (RuntimeError, ValueError, TypeError, AttributeError) as e:
+        raise UsageError(f"{first.benchmark.name} cannot be the reference: {_one_line(e)}") from None
+
+
 # %% ../../nbs/benchmarks/step_time.ipynb #dc537a27
 def benchmark(
     params: list[nn.Parameter],  # with gradients
@@ -119,19 +134,20 @@ def benchmark(
     rounds: int = 20,
     device: str = "cpu",  # or 'cuda'
     budget: float = 60.0,  # seconds for each, as in interleave
-    progress: Callable = lambda done, total, label: None,  # called before every optimizer, and at the end
+    progress: Callable = lambda done, total, label: None,  # called with rounds made and to make, and whose
     peaks: bool = True,  # measure temporary memory too, which takes one more step
 ) -> tuple[dict, dict]:  # name -> row of the record; name -> why it is left out
-    "Time every optimizer in turns with the reference."
+    "Time every optimizer in turns with the reference. Raises `UsageError` for a reference that cannot be timed."
     first = get_optimizer(reference, "benchmark")
     rows, absent, reference_seconds = {}, {}, []
     entries = {name: entry for name, entry in entries.items() if name != first.benchmark.name}
-    beside, _ = prepared(first, params)
+    beside = _reference_step(first, params)
     for i, (name, entry) in enumerate(entries.items()):
-        progress(i, len(entries), entry.benchmark.label)
+        count = partial(_count_rounds, progress, i * rounds, len(entries) * rounds, entry.benchmark.label)
+        count(0)
         try:
             step, note = prepared(entry, params)
-            seconds, others = interleave(step, beside, rounds, device, budget)
+            seconds, others = interleave(step, beside, rounds, device, budget, count)
             rows[name] = _row(entry, note, seconds, others, allocated_peak(step, device) if peaks else None)
             reference_seconds += others
         except (RuntimeError, ImportError, ValueError, TypeError, AttributeError) as e:
@@ -140,7 +156,7 @@ def benchmark(
         gc.collect()
     seconds = reference_seconds or interleave(beside, beside, rounds, device, budget)[0]
     row = _row(first, "", seconds, seconds, allocated_peak(beside, device) if peaks else None)
-    progress(len(entries), len(entries), "")
+    progress(len(entries) * rounds, len(entries) * rounds, first.benchmark.label)
     return {first.benchmark.name: row, **rows}, absent
 
 
@@ -194,11 +210,12 @@ def measure_speed(
     arrays = min(n, 1 << 26)
 
     def rates() -> dict:
-        step, _ = prepared(first, params)
-        return bandwidth(arrays, device, beside=step)
+        return bandwidth(arrays, device, beside=_reference_step(first, params))
 
+    progress(0, None, "memory bandwidth")
     before = rates()
     rows, absent = benchmark(params, entries or choose(), reference, rounds, device, budget, progress)
+    progress(None, None, "first step")
     record = {
         "parameters": n,
         "tensors": len(params),

@@ -13,16 +13,17 @@ from pathlib import Path
 
 import torch
 
-from ..experiments.errors import unknown
+from ..experiments.errors import UsageError, unknown
 from ..experiments.optimizers import build_optimizer, optimizer_label
 from ..experiments.plugins import load_plugins
+from ..experiments.precision import make_accelerator
 from ..experiments.run_specs import make_spec
 from ..experiments.runs import environment
 from ..experiments.state_rules import state_bytes
 from ..experiments.tasks.registry import TASKS, get_task
 from ..experiments.tasks.task import Data, Task
 from ..experiments.tasks.text import TextWindows, build_gpt2, predict_next
-from ..experiments.train import Training, batches, make_accelerator, one_step, quartiles_in_ms
+from ..experiments.train import Training, batches, one_step, quartiles_in_ms
 from .measuring import allocated_peak
 
 
@@ -55,6 +56,8 @@ class _Trainers:
     "A model and an optimizer of each name, trained on the same batches."
 
     def __init__(self, task: Task, data: Data, optimizers, device: str | None):
+        if not optimizers:
+            raise UsageError("name at least one optimizer")
         accelerator = make_accelerator("no", device)
         self.device, self.environment = accelerator.device.type, environment(accelerator.device)
         self.runs = {name: self._run(task, data, name, accelerator) for name in optimizers}
@@ -85,19 +88,26 @@ class _Trainers:
 
 
 # %% ../../nbs/benchmarks/training_step.ipynb #0e9342d4
+def _times(seconds: list[float], first: list[float]) -> dict:
+    "Quartiles of an optimizer's steps, and of their ratios to those of the first optimizer."
+    ratios = [t / other / 1e3 for t, other in zip(seconds, first, strict=True)]
+    return {"ms": quartiles_in_ms(seconds), "ratio": quartiles_in_ms(ratios)}
+
+
+# %% ../../nbs/benchmarks/training_step.ipynb #219480e5
 def step_costs(
     task: Task,
     data: Data,
     optimizers,  # registry names; the first is the one that the others are compared with
     rounds: int = 30,  # steps of each
-    device: str | None = None,  # 'cpu', or None for a GPU when there is one
+    device: str | None = None,  # 'cpu' or 'cuda'; None: a GPU when there is one
     progress: Callable = lambda done, total: None,  # called after every round
 ) -> dict:  # task, batch_size, parameters, rounds, environment, optimizers
     """Cost of a whole training step with each optimizer.
 
     Per optimizer: `ms`, `ratio` to the first in the same round and `optimizer_ms` as quartiles; `peak_bytes`, allocated
-    at once in a step; `state_bytes`."""
-    names, trainers = list(optimizers), _Trainers(task, data, optimizers, device)
+    at once in a step; `state_bytes`. Raises `UsageError` without an optimizer, and for a device that is not there."""
+    names, trainers = list(optimizers), _Trainers(task, data, list(optimizers), device)
     for name in names:
         trainers.step(name, next(trainers.batches))  # state, caches, threads
     own = {name: own_times(trainers.runs[name].bare_optimizer, trainers.device) for name in names}
@@ -113,8 +123,7 @@ def step_costs(
     peaks = trainers.peaks(batch)
     costs = {}
     for name, run in trainers.runs.items():
-        ratios = [t / first / 1e3 for t, first in zip(times[name], times[names[0]], strict=True)]
-        measured = {"ms": quartiles_in_ms(times[name]), "ratio": quartiles_in_ms(ratios), "optimizer_ms": own[name]}
+        measured = _times(times[name], times[names[0]]) | {"optimizer_ms": own[name]}
         costs[name] = measured | {"peak_bytes": peaks[name], "state_bytes": state_bytes(run.bare_optimizer)}
     return {
         "task": task.name,

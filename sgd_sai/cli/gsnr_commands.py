@@ -31,6 +31,7 @@ from sgd_sai.cli.options import (
     save_record,
 )
 
+from ..experiments.choices import check_device
 from ..experiments.errors import UsageError, unknown
 from ..experiments.plugins import load_plugins
 
@@ -114,24 +115,42 @@ GSNRTaskArgument = Annotated[
 ]
 RecordedStepsOption = Annotated[
     Optional[int],
-    typer.Option("--steps", min=1, help="Steps of the training that is recorded (default: the task's own)."),
+    typer.Option("--steps", min=1, max=10**9, help="Steps of the training that is recorded (default: the task's own)."),
 ]
 GSNRRecordOption = Annotated[
     Optional[Path],
     typer.Option("--out", help="Train with SGD-SaI and keep a record of g-SNR at the steps 1, 2, 4, 8, ... here."),
 ]
 BatchesOption = Annotated[
-    int, typer.Option("--batches", min=1, help="Batches on which the record looks at the initial weights.")
+    int, typer.Option("--batches", min=1, max=10_000, help="Batches on which the record looks at the initial weights.")
 ]
-WeightsOption = Annotated[int, typer.Option("--weights", min=1, help="Initial weights that the record looks at.")]
+WeightsOption = Annotated[
+    int, typer.Option("--weights", min=1, max=10_000, help="Initial weights that the record looks at.")
+]
 PlotOption = Annotated[
     Optional[Path],
-    typer.Option("--plot", help="Save the figure here (PNG): of the first step, or with --out of the training."),
+    typer.Option(
+        "--plot", help="Save the figure here (PNG, PDF or SVG): of the first step, or with --out of the training."
+    ),
 ]
-SeedOption = Annotated[int, typer.Option("--seed", help="Of the initial weights and the batches.")]
+SeedOption = Annotated[
+    int, typer.Option("--seed", min=0, max=2**32 - 1, help="Of the initial weights and the batches.")
+]
 
 
-def _check_gsnr_options(task: str, steps: int | None, out: Path | None):
+# %% ../../nbs/cli/gsnr_commands.ipynb #ccdc4eb3
+def _check_figure(plot: Path | None):
+    "Raise `UsageError` or `OSError` for a figure that cannot be saved there."
+    from sgd_sai.experiments.runs import check_writable
+
+    if plot is None:
+        return
+    if plot.suffix.lower() not in (".png", ".pdf", ".svg"):
+        raise UsageError(f"--plot {plot}: the name of a figure ends with .png, .pdf or .svg")
+    check_writable(plot.parent)
+
+
+def _check_gsnr_options(task: str, steps: int | None, out: Path | None, device: str | None):
     "Raise `UsageError` for an unknown task, and for options that do not go together."
     from sgd_sai.experiments.tasks.registry import TASKS
 
@@ -142,6 +161,8 @@ def _check_gsnr_options(task: str, steps: int | None, out: Path | None):
     if out is None and (task == "full-size" or steps):
         what = "full-size" if task == "full-size" else "--steps"
         raise UsageError(f"{what} makes a record: say where to keep it with --out")
+    if device == "cuda" and (out is None or task == "full-size"):
+        raise UsageError("--device cuda is for the training of a record: models at their first step stay on the CPU")
 
 
 # %% ../../nbs/cli/gsnr_commands.ipynb #a5b65bd2
@@ -158,15 +179,18 @@ def gsnr_command(
     fresh: FreshOption = False,
     plugin: PluginOption = (),
 ):
-    """g-SNR of every tensor of a task's model beside the square root of its size:
-    on the first batch, or with --out through training."""
+    """g-SNR of every tensor of a task's model beside the square root of its size.
+
+    On the first batch, or with --out through training."""
     from sgd_sai.analysis.gsnr_figures import plot_scales, plot_training
     from sgd_sai.experiments.runs import check_writable
     from sgd_sai.experiments.tasks.registry import get_task
 
     with in_words():
         load_plugins(plugin)
-        _check_gsnr_options(task, steps, out)
+        check_device(device)
+        _check_gsnr_options(task, steps, out, device)
+        _check_figure(plot)
         if out is None:
             return _print_first_step(get_task(task), get_task(task).load(data), seed, plot)
         check_writable(out)

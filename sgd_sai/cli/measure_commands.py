@@ -11,6 +11,7 @@ __all__ = [
     "MeasureOption",
     "DTYPES",
     "DtypeOption",
+    "MOST_ENTRIES",
     "SpeedModelArgument",
     "UsualOption",
     "RoundsOption",
@@ -24,27 +25,27 @@ __all__ = [
 ]
 
 # %% ../../nbs/cli/measure_commands.ipynb #d979ae9f
+import re
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
 from sgd_sai.cli.options import (
-    DEVICES,
     DataOption,
     DeviceOption,
     PluginOption,
     RecordOption,
     in_words,
     one_of,
+    print_table,
     progress_bar,
     save_record,
     split_names,
 )
 
+from ..experiments.choices import DEVICES, check_device
 from ..experiments.errors import UsageError
-from ..experiments.optimizer_entry import traffic_bytes
-from ..experiments.optimizers import get_optimizer, optimizer_names
 from ..experiments.plugins import load_plugins
 
 MeasuredDeviceOption = Annotated[
@@ -70,20 +71,19 @@ def _check_names(task, data, names: list[str]):
 def cost_command(
     task: CostTaskArgument = "digits-vit",
     optimizers: CostOptimizersOption = "sgdm,sgd_sai,adamw,adan,adahessian",
-    rounds: Annotated[int, typer.Option(min=3, help="Steps of each optimizer, taken in turns.")] = 50,
+    rounds: Annotated[int, typer.Option(min=3, max=10**6, help="Steps of each optimizer, taken in turns.")] = 50,
     out: RecordOption = None,
     data: DataOption = None,
     device: DeviceOption = None,
     plugin: PluginOption = (),
 ):
     "Time and memory of a whole training step with each optimizer, taken in turns in one process."
-    from rich.console import Console
-
     from sgd_sai.benchmarks.training_step import step_cost_path, step_cost_table, step_cost_task, step_costs
     from sgd_sai.experiments.runs import check_writable
 
     with in_words():
         load_plugins(plugin)
+        check_device(device)
         chosen, names = step_cost_task(task), split_names(optimizers)
         if out:
             check_writable(out)
@@ -91,7 +91,7 @@ def cost_command(
         _check_names(chosen, loaded, names)
         with progress_bar("rounds", rounds) as update:
             record = step_costs(chosen, loaded, names, rounds, device, update)
-        Console().print(step_cost_table(record))
+        print_table(step_cost_table(record))
         if out:
             save_record(step_cost_path(out, task), record)
 
@@ -100,6 +100,7 @@ def cost_command(
 def _print_memory_names():
     "Print the names that `sgd-sai memory` knows."
     from sgd_sai.benchmarks.model_shapes import MODELS
+    from sgd_sai.experiments.optimizers import get_optimizer, optimizer_names
 
     typer.echo("models\n" + "\n".join(f"  {name}" for name in MODELS))
     typer.echo("optimizers")
@@ -125,8 +126,6 @@ def _print_state(models: list[str] | None, names: tuple, dtype: str):
 # %% ../../nbs/cli/measure_commands.ipynb #4aaf4d2d
 def _measure_memory(names: tuple, dtype: str, device: str, out: Path | None):
     "Measure memory, print it, and keep the record where there is a folder for it."
-    from rich.console import Console
-
     from sgd_sai.benchmarks.step_memory import MEASURED, step_memory, step_memory_path, step_memory_table
     from sgd_sai.experiments.runs import check_writable
 
@@ -138,7 +137,7 @@ def _measure_memory(names: tuple, dtype: str, device: str, out: Path | None):
             record = step_memory(names, dtype=dtype, device=device, progress=update)
         except ValueError as e:
             raise UsageError(str(e)) from None
-    Console().print(step_memory_table(record))
+    print_table(step_memory_table(record))
     if out:
         save_record(step_memory_path(out, record), record)
 
@@ -176,10 +175,10 @@ def memory_command(
     device: MeasuredDeviceOption = "cpu",
     plugin: PluginOption = (),
 ):
-    """Bytes that optimizers keep between steps, by rule (nothing is allocated),
-    and as a real training step shows them."""
+    "Bytes that optimizers keep between steps, by rule (nothing is allocated), and as a real training step shows them."
     with in_words():
         load_plugins(plugin)
+        check_device(device)
         if models == ["list"]:
             return _print_memory_names()
         if out and not measure:
@@ -194,6 +193,8 @@ def memory_command(
 def _print_speed_names():
     "Print the names that `sgd-sai speed` knows."
     from sgd_sai.benchmarks.model_shapes import MODELS
+    from sgd_sai.experiments.optimizer_entry import traffic_bytes
+    from sgd_sai.experiments.optimizers import get_optimizer, optimizer_names
 
     typer.echo("models\n" + "\n".join(f"  {name}" for name in MODELS))
     typer.echo("optimizers (* not among the usual ones)")
@@ -203,15 +204,23 @@ def _print_speed_names():
         typer.echo(f"{mark} {name:17} {label:26} {traffic_bytes(entry):5.1f} bytes per parameter")
 
 
+# %% ../../nbs/cli/measure_commands.ipynb #c4db0f14
+MOST_ENTRIES = 4 * 10**9  # of tensors to be timed
+
+
 def _shapes_of(model: str) -> list:
     "Parameter shapes of a model by its name, or of NxM. Raises `UsageError` for anything else."
     from sgd_sai.benchmarks.model_shapes import model_shapes
 
-    count, x, entries = model.partition("x")
-    if x and count.isdigit() and entries.isdigit():
-        if not int(count) or not int(entries):
+    if numbers := re.fullmatch(r"(\d{1,20})x(\d{1,20})", model, re.ASCII):
+        count, entries = map(int, numbers.groups())
+        if not count or not entries:
             raise UsageError(f"{model!r} has no entries: write e.g. 2000x256")
-        return [(int(entries),)] * int(count)
+        if count * entries > MOST_ENTRIES or count > 10**6:
+            raise UsageError(
+                f"{model!r} is more than fits: at most a million tensors with {MOST_ENTRIES:.0e} entries in all"
+            )
+        return [(entries,)] * count
     try:
         return model_shapes(model)
     except KeyError as e:
@@ -242,9 +251,9 @@ def _print_step_time(model: str, busy: bool, record: dict):
     from sgd_sai.benchmarks.step_time_tables import series_table, speed_notes, speed_table
 
     console = Console(width=min(Console().width, 100))
-    console.print(series_table(record) if model == "tensors" else speed_table(record, model))
+    print_table(series_table(record) if model == "tensors" else speed_table(record, model), 100)
     if busy:
-        console.print(speed_table({**record, "optimizers": record["busy"]}, f"{model}, every core busy"))
+        print_table(speed_table({**record, "optimizers": record["busy"]}, f"{model}, every core busy"), 100)
     for line in speed_notes(record):
         console.print(line, highlight=False, markup=False)
 
@@ -261,14 +270,18 @@ UsualOption = Annotated[str, typer.Option("--optimizers", "-o", help="Names, wit
 RoundsOption = Annotated[
     Optional[int],
     typer.Option(
-        min=3, help="Steps of each optimizer, in turns with the reference (default: 20; 100 for small tensors)."
+        min=3,
+        max=10**6,
+        help="Steps of each optimizer, in turns with the reference (default: 20; 100 for small tensors).",
     ),
 ]
 ReferenceOption = Annotated[
     str,
     typer.Option(help="What the others are compared with (default: sgd-fused; sgd-foreach with `tensors` and --busy)."),
 ]
-ThreadsOption = Annotated[Optional[int], typer.Option(min=1, help="CPU threads of a step (default: one per core).")]
+ThreadsOption = Annotated[
+    Optional[int], typer.Option(min=1, max=1024, help="CPU threads of a step (default: one per core).")
+]
 CompileOption = Annotated[
     bool, typer.Option("--compile", help="Time compiled steps too; compiling takes up to a minute each.")
 ]
@@ -277,9 +290,11 @@ BusyOption = Annotated[
 ]
 
 
+# %% ../../nbs/cli/measure_commands.ipynb #10756d35
 def _speed_options(names: list[str], reference: str, rounds: int | None, device: str, compiled: bool) -> dict:
     "Arguments of the measuring functions. Raises `UsageError` for an unknown optimizer."
     from sgd_sai.benchmarks.step_time import choose
+    from sgd_sai.experiments.optimizers import get_optimizer
 
     for name in names + ([reference] if reference else []):
         get_optimizer(name, "benchmark")
@@ -300,8 +315,7 @@ def speed_command(
     out: RecordOption = None,
     plugin: PluginOption = (),
 ):
-    """Time of an optimizer step, side by side, beside the time that memory needs; its first step;
-    its temporary memory."""
+    "Time of an optimizer step beside that of others and what memory needs; its first step, its temporary memory."
     import torch
 
     from sgd_sai.benchmarks.step_time import speed_path
@@ -309,11 +323,10 @@ def speed_command(
 
     with in_words():
         load_plugins(plugin)
+        check_device(device)
         if model == "list":
             return _print_speed_names()
         options = _speed_options(split_names(optimizers), reference, rounds, device, compiled)
-        if device == "cuda" and not torch.cuda.is_available():
-            raise RuntimeError("torch finds no CUDA device here")
         if model == "tensors" and busy:
             raise UsageError("--busy goes with a model or NxM, e.g. `sgd-sai speed 2000x256 --busy`")
         if out:

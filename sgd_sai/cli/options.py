@@ -4,7 +4,6 @@
 
 # %% auto #0
 __all__ = [
-    "DEVICES",
     "TaskArgument",
     "OptimizersOption",
     "DataOption",
@@ -18,12 +17,12 @@ __all__ = [
     "split_names",
     "parse_settings",
     "tracking_of",
+    "print_table",
     "save_record",
     "progress_bar",
 ]
 
 # %% ../../nbs/cli/options.ipynb #5a1718ea
-import ast
 from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,11 +30,18 @@ from typing import Annotated, Optional
 
 import typer
 
+from ..experiments.choices import DEVICES, optimizer_help
 from ..experiments.errors import UsageError, unknown
-from ..experiments.optimizers import optimizer_help
 
 
 # %% ../../nbs/cli/options.ipynb #d457da12
+def _message(e: Exception) -> str:
+    "The message of an error; of one that the operating system has a number for, file and reason."
+    if isinstance(e, OSError) and e.strerror and e.filename:
+        return f"{e.filename}: {e.strerror}"
+    return str(e) or type(e).__name__
+
+
 @contextmanager
 def in_words():
     "Turn the exceptions that users can cause into a message and an exit code."
@@ -44,7 +50,7 @@ def in_words():
     except UsageError as e:
         raise typer.BadParameter(str(e)) from None
     except (OSError, RuntimeError, ImportError) as e:
-        typer.secho(f"Error: {e}", fg="red", err=True)
+        typer.secho(f"Error: {_message(e)}", fg="red", err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         typer.secho("\nInterrupted. Finished runs are kept: the same command goes on from here.", err=True)
@@ -68,15 +74,18 @@ def one_of(
 
 # %% ../../nbs/cli/options.ipynb #5b9f1a80
 def split_names(
-    text: str,  # e.g. 'sgd_sai,adamw'
-) -> list[str]:  # e.g. ['sgd_sai', 'adamw']
-    "Names that are separated by commas."
-    return [name.strip() for name in text.split(",") if name.strip()]
+    text: str,  # e.g. 'sgd_sai,adamw'; '': none
+) -> list[str]:  # e.g. ['sgd_sai', 'adamw'], each name once
+    "Names that are separated by commas. Raises `UsageError` for commas without a name."
+    names = list(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if text and not names:
+        raise UsageError(f"{text!r} names no optimizer: write e.g. sgd_sai,adamw")
+    return names
 
 
 def parse_settings(
     items: list[str],  # e.g. ['adamw.lr=0.01']
-) -> dict:  # e.g. {'adamw': {'lr': 0.01}}
+) -> dict:  # e.g. {'adamw': {'lr': '0.01'}}; what the text means is decided by `parse_hyperparameters`
     "Hyperparameters by optimizer. Raises `UsageError` for anything that is not OPTIMIZER.HYPERPARAMETER=VALUE."
     settings = {}
     for item in items:
@@ -84,17 +93,11 @@ def parse_settings(
         name, dot, hyperparameter = key.rpartition(".")
         if not (equals and dot and name and hyperparameter):
             raise UsageError(f"{item!r} is no setting: write OPTIMIZER.HYPERPARAMETER=VALUE, e.g. adamw.lr=0.001")
-        try:
-            value = ast.literal_eval(text)
-        except (ValueError, SyntaxError):
-            value = text
-        settings.setdefault(name, {})[hyperparameter] = value
+        settings.setdefault(name, {})[hyperparameter] = text
     return settings
 
 
 # %% ../../nbs/cli/options.ipynb #73ee084d
-DEVICES = ("cpu", "cuda")
-
 TaskArgument = Annotated[str, typer.Argument(help="What to train; see `sgd-sai tasks`.")]
 OptimizersOption = Annotated[
     str,
@@ -109,7 +112,9 @@ DataOption = Annotated[
 ]
 DeviceOption = Annotated[
     Optional[str],
-    typer.Option("--device", callback=one_of("device", DEVICES), help="'cpu', or nothing for a GPU when there is one."),
+    typer.Option(
+        "--device", callback=one_of("device", DEVICES), help="'cpu' or 'cuda' (default: a GPU when there is one)."
+    ),
 ]
 RecordOption = Annotated[Optional[Path], typer.Option("--out", help="Folder to keep the record in.")]
 FreshOption = Annotated[bool, typer.Option("--fresh", help="Make again what is there.")]
@@ -139,6 +144,40 @@ def tracking_of(
     return Tracking(tuple(names), folder / "tracking") if names else None
 
 
+# %% ../../nbs/cli/options.ipynb #71431f5f
+def _paragraph(headings: list[str], cells: list[str], width: int) -> str:
+    "The cells of a line below its first one, each behind its heading, in lines of at most `width` if possible."
+    lines = [cells[0]]
+    for heading, cell in zip(headings[1:], cells[1:], strict=True):
+        if cell:
+            pair = f"{heading} {cell}"
+            if len(lines) > 1 and len(lines[-1]) + 2 + len(pair) <= width:
+                lines[-1] += "  " + pair
+            else:
+                lines.append("  " + pair)
+    return "\n".join(lines)
+
+
+def print_table(
+    table,  # of rich
+    most: int | None = None,  # columns that are used of a wide terminal; None: all
+):
+    "Print a table without cutting a cell, on a narrow terminal as a paragraph for each line."
+    from rich.console import Console
+
+    console = Console()
+    console.width = min(console.width, most or console.width)
+    with console.capture() as whole:
+        console.print(table)
+    if "…" not in whole.get():
+        console.print(table)
+        return
+    console.print(table.title or "")
+    headings = [str(column.header) for column in table.columns]
+    for cells in zip(*(column.cells for column in table.columns), strict=True):
+        console.print(_paragraph(headings, list(cells), console.width), markup=False, highlight=False, soft_wrap=True)
+
+
 # %% ../../nbs/cli/options.ipynb #fcd99e33
 def save_record(
     path: Path,
@@ -156,7 +195,7 @@ def progress_bar(
     label: str,
     total: int | None = None,  # None: not known yet
     stderr: bool = False,  # draw on stderr and remove the bar at the end
-):  # a function (done, total, label) that moves the bar
+):  # a function (done, total, label) that moves the bar; what is None stays as it was
     "A progress bar on a terminal."
     from rich.console import Console
     from rich.progress import Progress
@@ -165,7 +204,7 @@ def progress_bar(
     with Progress(console=console, disable=not console.is_terminal, transient=stderr) as progress:
         bar = progress.add_task(label, total=total)
 
-        def update(done: int, total: int | None = None, label: str | None = None):
+        def update(done: int | None, total: int | None = None, label: str | None = None):
             progress.update(bar, completed=done, total=total, description=label)
 
         yield update

@@ -39,11 +39,13 @@ from sgd_sai.cli.options import (
     in_words,
     one_of,
     parse_settings,
+    print_table,
     progress_bar,
     split_names,
     tracking_of,
 )
 
+from ..experiments.choices import PRECISIONS, check_device
 from ..experiments.errors import UsageError, unknown
 from ..experiments.plugins import load_plugins
 from ..experiments.processes import is_main, join_processes
@@ -69,21 +71,15 @@ def tasks_command(plugin: PluginOption = ()):
 
 
 # %% ../../nbs/cli/train_commands.ipynb #70df4ec6
-def _check_precision(value: str):
-    from sgd_sai.experiments.train import PRECISIONS
-
-    return one_of("precision", PRECISIONS)(value)
-
-
 SeedsOption = Annotated[int, typer.Option(min=1, help="Runs per optimizer.")]
-StepsOption = Annotated[Optional[int], typer.Option(min=1, help="Steps of a run (default: the task's own).")]
+StepsOption = Annotated[Optional[int], typer.Option(min=1, max=10**9, help="Steps of a run (default: the task's own).")]
 SettingOption = Annotated[
     list[str], typer.Option("--set", help="A hyperparameter, e.g. --set adamw.lr=0.001; may be repeated.")
 ]
 PrecisionOption = Annotated[
     str,
     typer.Option(
-        callback=_check_precision,
+        callback=one_of("precision", PRECISIONS),
         help="'no' (float32), 'bf16', 'fp16' (autocast), or 'bf16-true' (parameters in bfloat16).",
     ),
 ]
@@ -92,6 +88,7 @@ CompareWorkersOption = Annotated[
     typer.Option(
         "--workers",
         min=1,
+        max=1024,
         help="Processes that train side by side, with one thread each (default: 2 on a CPU, 1 on a GPU).",
     ),
 ]
@@ -121,22 +118,22 @@ def compare_command(
     plugin: PluginOption = (),
 ):
     """Train one model with several optimizers and seeds: a table, a CSV file, a figure. Finished runs are reused.
-    Under torchrun or accelerate launch all processes share each run."""
-    from rich.console import Console
 
+    Under torchrun or accelerate launch all processes share each run."""
     from sgd_sai.experiments.compare import DEFAULT_OPTIMIZERS, compare, summary_table
     from sgd_sai.experiments.progress import progress_bars
     from sgd_sai.experiments.tasks.registry import get_task
 
     with in_words():
         load_plugins(plugin)
+        check_device(device)
         join_processes(device)
         options = dict(steps=steps, precision=precision, changes=parse_settings(setting), device=device, fresh=fresh)
         options |= dict(workers=workers or _default_workers(device), tracking=tracking_of(track, out))
         names = tuple(split_names(optimizers)) or DEFAULT_OPTIMIZERS
         made = compare(get_task(task), out, names, seeds, data_dir=data, progress=progress_bars, **options)
         if is_main():
-            Console().print(summary_table(get_task(task), made["frame"]))
+            print_table(summary_table(get_task(task), made["frame"]))
             typer.echo(f"table   {made['csv']}\nfigure  {made['figure']}\nruns    {out / task}")
 
 
@@ -147,6 +144,7 @@ SweepWorkersOption = Annotated[
     typer.Option(
         "--workers",
         min=1,
+        max=1024,
         help="Processes that train side by side, with one thread each "
         "(default: 1; on Ray as many as there are processors).",
     ),
@@ -175,6 +173,8 @@ def sweep_command(
 
     with in_words():
         load_plugins(plugin)
+        if engine != "ray":
+            check_device(device)
         sweep = read_sweep(file)
         join_processes(device)
         workers = workers or (None if engine == "ray" else 1)
@@ -184,16 +184,15 @@ def sweep_command(
             _print_sweep(sweep.task, out, made)
 
 
+# %% ../../nbs/cli/train_commands.ipynb #4bac8568
 def _print_sweep(name: str, out: Path, made: dict):
     "Print the best settings of a sweep. Raises `RuntimeError` when runs failed."
-    from rich.console import Console
-
     from sgd_sai.experiments.sweep_results import best_table, sweep_frame
     from sgd_sai.experiments.tasks.registry import get_task
 
     task = get_task(name)
     if made["runs"]:
-        Console().print(best_table(task, sweep_frame(task, made["runs"])))
+        print_table(best_table(task, sweep_frame(task, made["runs"])))
     typer.echo(f"runs    {out / task.name}: {len(made['runs'])}, of which {made['trained']} trained now")
     if made["failures"]:
         raise RuntimeError(f"{len(made['failures'])} runs failed; the same command tries them again")

@@ -20,13 +20,14 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
+from .choices import check_device
 from .curves import plot_comparison
 from .engines import Job, train_all
 from .errors import UsageError
 from .optimizers import optimizer_label
 from .processes import broadcast, is_main, main_first
 from .progress import METRIC_NAMES, no_progress
-from .run_specs import check_spec, make_spec
+from .run_specs import check_run_count, check_spec, spec_with
 from .runs import RunSpec, check_writable, load_run, remove_partial_files
 from .spread import Spread, spread, spread_note
 from .tasks.task import Data, Task
@@ -42,21 +43,22 @@ def plan_runs(
     optimizers=DEFAULT_OPTIMIZERS,  # registry names
     seeds: int = 3,  # runs per optimizer, with seeds 0, 1, ...
     steps: int | None = None,  # None: the task's own number
-    precision: str = "no",  # one of train.PRECISIONS
+    precision: str = "no",  # one of choices.PRECISIONS
     changes: dict | None = None,  # optimizer -> hyperparameters that replace the task's
 ) -> list[RunSpec]:  # in the order in which they are to be trained
     "The runs of a comparison, seeds outermost. Raises `UsageError` for what is wrong with them."
-    changes = changes or {}
+    changes, names = changes or {}, list(dict.fromkeys(optimizers))
+    check_run_count(seeds * len(names))
     for name in changes:
         if name not in optimizers:
             raise UsageError(f"settings for {name!r}, which is not among the optimizers: {', '.join(optimizers)}")
     specs = [
-        make_spec(task, data, name, seed, steps, precision, **changes.get(name, {}))
+        spec_with(task, data, name, changes.get(name, {}), seed, steps, precision)
         for seed in range(seeds)
-        for name in dict.fromkeys(optimizers)
+        for name in names
     ]
-    for spec in specs:
-        check_spec(spec)
+    for spec in specs[: len(names)]:
+        check_spec(spec)  # the others differ from one of these by their seed
     return specs
 
 
@@ -73,7 +75,7 @@ def train_missing(
     data: Data,
     specs: list[RunSpec],  # from plan_runs
     folder,  # root of the run files
-    device: str | None = None,  # 'cpu', or None for a GPU when there is one
+    device: str | None = None,  # 'cpu' or 'cuda'; None: a GPU when there is one
     progress: Callable | None = None,  # as progress.progress_bars
     fresh: bool = False,  # train again what has been trained
     workers: int = 1,  # processes with one thread each that train side by side; 1: train here
@@ -202,7 +204,8 @@ def compare(
 ) -> dict:  # 'runs', 'frame', 'csv', 'figure' (paths)
     """Train `task` with several optimizers and seeds; writes FOLDER/compare-TASK.csv and .png.
 
-    Raises as `plan_runs` and `train_missing` do."""
+    Raises `UsageError` for a device that is not there, and as `plan_runs` and `train_missing` do."""
+    check_device(device)
     check_writable(folder)
     with main_first():
         data = task.load(data_dir)

@@ -7,14 +7,23 @@ __all__ = ["MuonAdamW"]
 
 # %% ../../nbs/experiments/muon_adamw.ipynb #72a2f66e
 import torch
-from torch import nn
+from torch import Tensor
 
-from ..muon_sai import muon_groups, step_matrices
+from ..internals.base import closure_loss, lr_of, params_with_grad
+from ..internals.loading import LoadingOptimizer
+from ..muon_groups import as_muon_groups, rate_of_others, with_defaults
+from ..muon_step import check_matrices, step_matrices
+
+
+# %% ../../nbs/experiments/muon_adamw.ipynb #d2c69de1
+def _state_shapes(self: "MuonAdamW", p: Tensor, group: dict) -> dict:
+    "The momentum of a matrix has its shape."
+    return {"momentum_buffer": p.shape} if group["muon"] else {}
 
 
 # %% ../../nbs/experiments/muon_adamw.ipynb #ee2a0ff3
 class MuonAdamW(torch.optim.AdamW):
-    "Muon on the hidden matrices of a model, AdamW on everything else."
+    "Muon on the hidden matrices of a model, AdamW on everything else. Raises as `as_muon_groups` and `check_matrices`."
 
     def __init__(
         self,
@@ -25,26 +34,28 @@ class MuonAdamW(torch.optim.AdamW):
         betas: tuple[float, float] = (0.9, 0.95),  # of everything else
         momentum: float = 0.95,  # of the matrices
     ):
-        groups = muon_groups(params) if isinstance(params, nn.Module) else params
-        matrices = dict(lr=lr, momentum=momentum, nesterov=True)
-        super().__init__(
-            [group | matrices if group["muon"] else group for group in groups],
-            0.15 * lr if adamw_lr is None else adamw_lr,
-            betas,
-            weight_decay=weight_decay,
-            fused=True,
-        )
+        matrices = dict(lr_factor=1.0, momentum=momentum, nesterov=True)
+        others = rate_of_others(lr, adamw_lr, 0.15)
+        groups = as_muon_groups(params, cls="MuonAdamW")
+        groups = [with_defaults(group, matrices if group["muon"] else others) for group in groups]
+        super().__init__(groups, lr, betas, weight_decay=weight_decay, fused=True)
+
+    eight_bit_state, missing_entry, state_shapes = (), LoadingOptimizer.missing_entry, _state_shapes
 
     def step(self, closure=None):
         "One step: PyTorch's for the groups that are not matrices, then Muon's for the matrices."
-        groups = self.param_groups
-        self.param_groups = [group for group in groups if not group["muon"]]
+        loss = closure_loss(closure)
+        groups, matrices = self.param_groups, []
+        for group in groups:
+            if group["muon"]:
+                matrices.append((group, [(p, p.grad, self.state.get(p)) for p in params_with_grad(self, group)]))
+        check_matrices(self, matrices)
+        self.param_groups = [group | {"lr": lr_of(group)} for group in groups if not group["muon"]]
         try:
-            loss = super().step(closure)
+            super().step()
         finally:
             self.param_groups = groups
-        for group in groups:
-            params = [(p, p.grad) for p in group["params"] if group["muon"] and p.grad is not None]
-            if params:
-                step_matrices(self, group, params)
+        for group, entries in matrices:
+            if entries:
+                step_matrices(self, group, entries)
         return loss

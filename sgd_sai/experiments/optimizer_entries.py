@@ -225,10 +225,18 @@ def torch_muon(params: list[nn.Parameter], **settings) -> list[torch.optim.Optim
     return [cls(some, **settings) for cls, some in classes if some]
 
 
-_muon = dict(takes_model=True, from_named=groups_by_shape, uses=("training", "state"))
+# %% ../../nbs/experiments/optimizer_entries.ipynb #98249a3b
+_muon = dict(takes_model=True, from_named=groups_by_shape)
 ENTRIES += [
     OptimizerEntry(
-        "muon_sai", MuonSaI, "Muon + SGD-SaI", "#BE185D", state=rules.muon_rule(rules.sgd_sai_rule), **_muon
+        "muon_sai",
+        MuonSaI,
+        "Muon + SGD-SaI",
+        "#BE185D",
+        state=rules.muon_rule(rules.sgd_sai_rule),
+        traffic=_MOMENTUM,
+        benchmark=StepBenchmark(label="MuonSaI", usual=False),  # one step of a large model takes many seconds on a CPU
+        **_muon,
     ),
     OptimizerEntry(
         "muon_adamw",
@@ -237,6 +245,7 @@ ENTRIES += [
         "#0E7490",
         (0, (4, 2)),
         state=rules.muon_rule(rules.adamw_rule),
+        uses=("training", "state"),
         **_muon,
     ),
 ]

@@ -9,7 +9,6 @@ __all__ = [
     "register_optimizer",
     "find_entry",
     "optimizer_names",
-    "optimizer_help",
     "get_optimizer",
     "optimizer_style",
     "has_own_color",
@@ -25,7 +24,9 @@ from torch import nn
 
 from ..internals.base import BaseOptimizer
 from ..internals.figure_style import MUTED
+from ..internals.options import parse_option
 from .errors import UsageError, unknown
+from .hyperparameters import parse_hyperparameters
 from .optimizer_entries import ENTRIES
 from .optimizer_entry import USES, Later, OptimizerEntry, accepted, entry_names
 from .peers import po_optimizer
@@ -62,24 +63,16 @@ for entry in ENTRIES:
     register_optimizer(entry)
 del entry
 
+
 # %% ../../nbs/experiments/optimizers.ipynb #ebe21d21
-_FAMILIES = {"po:NAME": "any optimizer of pytorch_optimizer", "scaled:RULE": "a scale at initialization"}
-
-
 def optimizer_names(
     use: str = "training",  # one of USES; 'benchmark': the names in its records
 ) -> list[str]:
-    "Names for help texts and lists. Raises `UsageError` for an unknown use."
+    "Names for lists. Raises `UsageError` for an unknown use."
     if use not in USES:
         raise unknown("use", use, USES)
     entries = [entry for entry in OPTIMIZERS.values() if use in entry.uses]
     return [entry.benchmark.name if use == "benchmark" else entry.name for entry in entries]
-
-
-def optimizer_help(use: str = "training") -> str:
-    "The names as one line of a help text."
-    families = "; ".join(f"{name} for {text}" for name, text in _FAMILIES.items())
-    return ", ".join(optimizer_names(use)) + f"; {families}"
 
 
 def _po_entry(name: str) -> OptimizerEntry:
@@ -150,26 +143,42 @@ def optimizer_label(name: str) -> str:
 
 
 # %% ../../nbs/experiments/optimizers.ipynb #398a4dce
-def _dtype(name: str) -> torch.dtype:
-    "A dtype by its name, as it stands in run files."
-    dtype = getattr(torch, name, None)
-    if not isinstance(dtype, torch.dtype):
-        raise unknown("state_dtype", name, ("float32", "bfloat16", "int8"))
-    return dtype
+def _is_number(x) -> bool:
+    return not isinstance(x, (str, tuple, list, dict, bool))
+
+
+def _check_kind(name: str, key: str, value, default):
+    "Raise `UsageError` for a value of another kind than the default of the class: switch, number, several numbers."
+    if value is None:
+        return
+    if isinstance(default, bool):
+        fits, wanted = value in (True, False), "true or false"
+    elif isinstance(default, (int, float)):
+        fits, wanted = _is_number(value), "a number"
+    elif isinstance(default, tuple):
+        fits = isinstance(value, (tuple, list)) and len(value) == len(default) and all(map(_is_number, value))
+        wanted = f"{len(default)} numbers"
+    else:
+        return
+    if not fits:
+        raise UsageError(f"{name}.{key}: {value!r} has to be {wanted}")
 
 
 def _checked_settings(entry: OptimizerEntry, name: str, hyperparameters: dict) -> dict:
     "The settings of the entry and the hyperparameters, all of them accepted by its class."
-    settings = {**entry.settings, **entry.training, **hyperparameters}
+    settings = {**entry.settings, **entry.training, **parse_hyperparameters(name, hyperparameters)}
     known = accepted(entry.cls)
-    for key in settings:
+    for key, value in settings.items():
         if known is not None and key not in known:
             raise unknown(f"hyperparameter of {name}", key, known)
-    if isinstance(settings.get("state_dtype"), str):
-        settings["state_dtype"] = _dtype(settings["state_dtype"])
+        if known is not None:
+            _check_kind(name, key, value, known[key].default)
+    if "state_dtype" in settings:
+        settings["state_dtype"] = parse_option("state_dtype", settings["state_dtype"])
     return settings
 
 
+# %% ../../nbs/experiments/optimizers.ipynb #367821a3
 def _decay_groups(model: nn.Module, decay: float, named: bool) -> list[dict]:
     "Two groups, with decay for tensors of two or more dimensions and without for the others; none is empty."
     groups = {True: [], False: []}

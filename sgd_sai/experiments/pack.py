@@ -13,7 +13,6 @@ from pathlib import Path
 from sgd_sai.experiments.runs import (
     locked,
     packed_path,
-    parse_run,
     run_lock,
     run_path,
     spec_of,
@@ -22,6 +21,8 @@ from sgd_sai.experiments.runs import (
 )
 
 from .errors import UsageError
+from .run_records import parse_run, run_problem
+from .strict_json import from_json, to_json
 
 
 # %% ../../nbs/experiments/pack.ipynb #9933ad9c
@@ -40,14 +41,14 @@ def pack(
     runs: list[dict],  # run records of one task
 ) -> str:
     "Run records as JSON Lines, sorted by `sort_key`."
-    return "".join(json.dumps(run) + "\n" for run in sorted(runs, key=sort_key))
+    return "".join(to_json(run) + "\n" for run in sorted(runs, key=sort_key))
 
 
 def unpack(
     text: str,  # from pack
 ) -> list[dict]:  # in the order of the lines
     "The run records in JSON Lines."
-    return [json.loads(line) for line in text.splitlines()]
+    return [from_json(line) for line in text.splitlines()]
 
 
 # %% ../../nbs/experiments/pack.ipynb #a4ded7eb
@@ -67,25 +68,38 @@ def _records(
     if not packed.exists():
         return {}
     try:
-        return {run["key"]: run for run in unpack(packed.read_text(encoding="utf-8"))}
-    except (ValueError, TypeError, KeyError) as e:
+        runs = unpack(packed.read_text(encoding="utf-8"))
+    except ValueError as e:
         raise UsageError(f"{packed} has a line that is no run ({e}): mend it first") from None
+    for number, run in enumerate(runs, 1):
+        problem = run_problem(run) or ("" if run["task"] == packed.stem else f"its task is {run['task']!r}")
+        if problem:
+            raise UsageError(
+                f"{packed} has a line that is no run of this task (line {number}: {problem}): mend it first"
+            )
+    return {run["key"]: run for run in runs}
 
 
+# %% ../../nbs/experiments/pack.ipynb #f6f1c9ae
 def _own_files(
     folder: Path,  # root of the run files
     task: str,
 ) -> dict[Path, str]:  # path -> text
     "The runs of a task that have a file of their own, under the right name."
-    files = {path: path.read_text(encoding="utf-8") for path in sorted((folder / task).glob("*.json"))}
-    return {path: text for path, text in files.items() if (parse_run(text, path) or {}).get("key") == path.stem}
+    files = {}
+    for path in sorted((folder / task).glob(f"{'[0-9a-f]' * 16}.json")):
+        text = path.read_bytes()
+        run = parse_run(text, path)
+        if run and (run["task"], run["key"]) == (task, path.stem):
+            files[path] = text.decode()
+    return files
 
 
 # %% ../../nbs/experiments/pack.ipynb #20195492
 def _remove_packed(folder: Path, files: dict[Path, str]):
     "Remove run files whose text stands in the packed file now, except what another process has claimed or changed."
     for path, text in files.items():
-        with run_lock(folder, spec_of(json.loads(text))) as ours:
+        with run_lock(folder, spec_of(from_json(text))) as ours:
             if ours and path.read_text(encoding="utf-8") == text:
                 path.unlink()
     for place in {path.parent for path in files}:
@@ -103,7 +117,7 @@ def _pack_task(folder: Path, task: str) -> Path | None:
             return None
         runs = _records(packed_path(folder, task))
         for text in files.values():
-            run = json.loads(text)
+            run = from_json(text)
             runs[run["key"]] = run
         packed = write_text(packed_path(folder, task), pack(list(runs.values())))
         _remove_packed(folder, files)
@@ -116,8 +130,8 @@ def pack_runs(
 ) -> list[Path]:  # the packed files that were written
     "Move runs from files of their own to FOLDER/TASK.jsonl, where they replace lines. Raises as `unpack_runs` does."
     folder = Path(folder)
-    tasks = [task] if task else sorted({path.parent.name for path in folder.glob("*/*.json")})
-    return [packed for name in tasks if (packed := _pack_task(folder, name))]
+    tasks = sorted({path.parent.name for path in folder.glob("*/*.json")})
+    return [packed for name in tasks if task in (None, name) and (packed := _pack_task(folder, name))]
 
 
 def unpack_runs(
@@ -126,7 +140,7 @@ def unpack_runs(
 ) -> list[Path]:  # the run files that were written
     "Move runs from FOLDER/TASK.jsonl to files of their own, if they have none. Raises `UsageError` for a broken line."
     folder, written = Path(folder), []
-    for packed in sorted(folder.glob(f"{task or '*'}.jsonl")):
+    for packed in sorted(path for path in folder.glob("*.jsonl") if task in (None, path.stem)):
         with _pack_lock(folder, packed.stem):
             for run in _records(packed).values():
                 path = run_path(folder, spec_of(run))

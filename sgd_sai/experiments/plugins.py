@@ -5,8 +5,10 @@
 # %% auto #0
 __all__ = [
     "PLUGIN_MODULES",
+    "REGISTERED",
     "PLUGINS_VARIABLE",
     "ENTRY_POINT_GROUP",
+    "registries",
     "import_plugin",
     "plugin_environment",
     "load_plugins",
@@ -17,6 +19,7 @@ import hashlib
 import importlib.util
 import os
 import sys
+from contextlib import contextmanager
 from importlib.machinery import SourceFileLoader
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -29,6 +32,28 @@ from .errors import UsageError
 PLUGIN_MODULES: dict[Path, ModuleType] = {}  # the files that have been imported
 
 
+REGISTERED: dict[str, dict] = {"task": {}, "optimizer": {}, "scale rule": {}}  # by plugins: kind -> name -> what
+
+
+def registries() -> dict[str, dict]:  # kind, as in REGISTERED -> name -> what
+    "The tables that plugins add to."
+    from sgd_sai.experiments.optimizers import OPTIMIZERS
+    from sgd_sai.experiments.tasks.registry import TASKS
+    from sgd_sai.scale_rules import SCALE_RULES
+
+    return {"task": TASKS, "optimizer": OPTIMIZERS, "scale rule": SCALE_RULES}
+
+
+@contextmanager
+def _noting():
+    "Note in `REGISTERED` what is registered inside: other processes that load the plugins know it too."
+    before = {kind: dict(table) for kind, table in registries().items()}
+    yield
+    for kind, table in registries().items():
+        REGISTERED[kind] |= {name: what for name, what in table.items() if before[kind].get(name) is not what}
+
+
+# %% ../../nbs/experiments/plugins.ipynb #56939487
 def _where(error: BaseException, path: Path) -> str:
     "The deepest line of `path` that the traceback of `error` shows, as ', line 3'; empty if it shows none."
     if isinstance(error, SyntaxError) and error.filename == str(path):
@@ -56,7 +81,8 @@ def import_plugin(
     module = importlib.util.module_from_spec(spec)
     PLUGIN_MODULES[path] = sys.modules[name] = module  # before it runs, for plugins that import each other
     try:
-        spec.loader.exec_module(module)
+        with _noting():
+            spec.loader.exec_module(module)
     except Exception as error:
         del PLUGIN_MODULES[path], sys.modules[name]
         what = f"{type(error).__name__}: {error}"
@@ -79,7 +105,8 @@ def _load_entry_points():
             continue
         _loaded_entry_points.add(entry.value)
         try:
-            entry.load()
+            with _noting():
+                entry.load()
         except Exception as error:
             raise UsageError(
                 f"plugin {entry.name} ({entry.value}, an entry point of an installed package): "

@@ -48,7 +48,7 @@ class _Bars:
 
     def show(self, spec: RunSpec, state: str, step: int, loss: float | None, metrics: dict):
         "News of a run: `state` is 'running', 'found', or the status of its record."
-        label = f"{optimizer_label(spec.optimizer)}, seed {spec.seed}"
+        label = _run_label(spec)
         if spec.key not in self.bars:
             self.bars[spec.key] = self.progress.add_task(label, total=spec.steps, note="")
         metric = _metric_text(self.task, metrics)
@@ -58,7 +58,7 @@ class _Bars:
         self.finished_steps += spec.steps
         self._move(spec, spec.steps, self.finished_steps, metric if state == "finished" else f"{state}  {metric}")
         if not self.console.is_terminal:
-            self.console.print(f"{label:32} {state:9} {metric}")
+            self.console.print(f"{label:32} {state:9} {metric}", soft_wrap=True)
 
     def _move(self, spec: RunSpec, step: int, all_steps: int, note: str):
         self.progress.update(self.bars[spec.key], completed=step, note=note)
@@ -66,20 +66,33 @@ class _Bars:
 
 
 # %% ../../nbs/experiments/progress.ipynb #995119f2
+def _run_label(spec: RunSpec) -> str:
+    "A run of a comparison in a few words."
+    return f"{optimizer_label(spec.optimizer)}, seed {spec.seed}"
+
+
+def _columns(task: Task, specs: list[RunSpec], width: int) -> list:
+    "What the bars of a comparison show in `width` columns: rich would cut the numbers of what does not fit."
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+
+    note = len(f"loss 12.345  {_metric_text(task, {task.metric: 0.5})}")
+    steps = 2 * len(str(sum(spec.steps for spec in specs))) + 1
+    left = width - max([len(_run_label(spec)) for spec in specs], default=0) - steps - note - 2
+    columns = [TextColumn("{task.description}")]
+    columns += [BarColumn(None)] * (left >= 20)
+    columns += [MofNCompleteColumn()]
+    columns += [TimeRemainingColumn()] * (left >= 20)
+    return columns + [TextColumn("{task.fields[note]}")] * (left >= 0)
+
+
 @contextmanager
 def progress_bars(task: Task, specs: list[RunSpec]):
     "Progress of a comparison as bars, or as lines when the output is not a terminal."
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress
 
     console = plain_console()
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    columns = _columns(task, specs, console.width)
+    with Progress(*columns, console=console, disable=not console.is_terminal, expand=True) as progress:
         yield _Bars(task, specs, progress, console).show
 
 

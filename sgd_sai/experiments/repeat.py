@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import torch
 
+from .choices import check_device
 from .errors import UsageError
 from .runs import read_run, spec_of
 from .tasks.registry import get_task
@@ -32,13 +33,12 @@ def _threads(count: int):
 def repeat_run(
     place,  # of a run: 'FOLDER/TASK/KEY.json' or 'FOLDER/TASK.jsonl#KEY'
     data_dir=None,  # folder with data; None: see tasks.task.data_folder
-    device: str | None = None,  # 'cpu', or None for a GPU when there is one
+    device: str | None = None,  # 'cpu' or 'cuda'; None: a GPU when there is one
     on_step: Callable = ignore,  # as in train
 ) -> tuple[dict, dict]:  # the record there was, and the new one
     "Train a run again. Raises `UsageError` when there is none or its data were others, `OSError` as `read_run` does."
+    check_device(device)
     old = read_run(place)
-    if "environment" not in old:
-        raise UsageError(f"{place} is no run file: it does not say where the run was made")
     task, spec = get_task(old["task"]), spec_of(old)
     data = task.load(data_dir)
     if data.digest != spec.data:

@@ -4,7 +4,6 @@
 
 # %% auto #0
 __all__ = [
-    "SCHEMA",
     "RunSpec",
     "environment",
     "check_writable",
@@ -17,7 +16,6 @@ __all__ = [
     "run_lock",
     "remove_partial_files",
     "packed_path",
-    "parse_run",
     "packed_lines",
     "load_run",
     "load_runs",
@@ -44,11 +42,11 @@ from typing import Iterator
 import torch
 
 from .errors import UsageError
+from .run_records import SCHEMA, parse_run, run_problem
+from .strict_json import from_json, to_json
+
 
 # %% ../../nbs/experiments/runs.ipynb #b55f8a11
-SCHEMA = 1  # of the run files; part of what is hashed
-
-
 @dataclass(frozen=True)
 class RunSpec:
     "Everything that decides the outcome of a run, up to the rounding of the machine."
@@ -135,7 +133,7 @@ def write_json(
     record: dict,  # plain numbers, texts, lists and dicts
 ) -> Path:  # the file
     "Write a JSON file, all or nothing."
-    return write_text(path, json.dumps(record, indent=1) + "\n")
+    return write_text(path, to_json(record, indent=1) + "\n")
 
 
 # %% ../../nbs/experiments/runs.ipynb #1f41b5db
@@ -219,27 +217,14 @@ def packed_path(
     return Path(folder) / f"{task}.jsonl"
 
 
-def parse_run(
-    text: str,  # JSON
-    where: str,  # named in the warning
-) -> dict | None:
-    "The run record in `text`; None for something else, with a warning when it is not JSON."
-    try:
-        run = json.loads(text)
-    except ValueError as e:
-        warnings.warn(f"{where} is not a readable run file and is ignored: {e}", stacklevel=2)
-        return None
-    return run if isinstance(run, dict) and run.get("schema") == SCHEMA else None
-
-
 def _read_file(path: Path) -> dict | None:
-    "The run in a file of its own, if it can be read."
+    "The run in a file of its own, if it can be read; a file that is no run, with a warning, is none."
     try:
-        return parse_run(path.read_text(encoding="utf-8"), path)
+        return parse_run(path.read_bytes(), path)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as e:
-        warnings.warn(f"{path} is not a readable run file and is ignored: {e}", stacklevel=2)
+    except OSError as e:
+        warnings.warn(f"{path} cannot be read and is ignored: {e.strerror or e}", stacklevel=2)
         return None
 
 
@@ -248,9 +233,9 @@ def _read_file(path: Path) -> dict | None:
 def _lines_of_version(path: Path, modified: int, size: int) -> dict[str, str]:
     "Key -> line of a packed file, which is read again when it has changed."
     lines = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
         if run := parse_run(line, f"line {number} of {path}"):
-            lines[run["key"]] = line
+            lines[run["key"]] = line.decode()
     return lines
 
 
@@ -271,9 +256,13 @@ def load_run(
     spec: RunSpec,
 ) -> dict | None:  # None when there is no finished run
     "The finished run of `spec`, if there is one, in either form. What cannot be read counts as none, with a warning."
-    run = _read_file(run_path(folder, spec))
+    path = run_path(folder, spec)
+    run = _read_file(path)
+    if run and run["key"] != spec.key:
+        warnings.warn(f"{path} is the file of another run, {run['key']}, and is ignored", stacklevel=2)
+        run = None
     line = packed_lines(packed_path(folder, spec.task)).get(spec.key) if run is None else None
-    return json.loads(line) if line else run
+    return from_json(line) if line else run
 
 
 def load_runs(
@@ -284,26 +273,18 @@ def load_runs(
     runs = {}
     for path in Path(folder).glob(f"{task or '*'}.jsonl"):
         for key, line in packed_lines(path).items():
-            runs[path.stem, key] = json.loads(line)
-    for path in Path(folder).glob(f"{task or '*'}/*.json"):
+            runs[path.stem, key] = from_json(line)
+    for path in Path(folder).glob(f"{task or '*'}/{'[0-9a-f]' * 16}.json"):  # records of other kinds have other names
         if run := _read_file(path):
             runs[path.parent.name, path.stem] = run
     return [runs[place] for place in sorted(runs)]
 
 
 # %% ../../nbs/experiments/runs.ipynb #a214579f
-def _text_of(place: str) -> str:
-    "The JSON text of a run named as in `read_run`."
-    path, _, key = place.partition("#")
-    if not path.endswith(".jsonl"):
-        file, packed = Path(path), Path(f"{Path(path).parent}.jsonl")
-        line = packed_lines(packed).get(file.stem)
-        return line if line and not file.exists() else file.read_text(encoding="utf-8")
-    file, packed = Path(path.removesuffix(".jsonl"), f"{key}.json"), Path(path)
-    if key and file.exists():
-        return file.read_text(encoding="utf-8")
-    packed.stat()  # raises when there is no such file
-    lines = packed_lines(packed)
+def _packed_line(path: str, key: str) -> str:
+    "The line of a packed file. Raises `UsageError` unless `key` is that of one of its runs."
+    Path(path).stat()  # raises when there is no such file
+    lines = packed_lines(path)
     if not key:
         raise UsageError(f"{path} has {len(lines)} runs: say which one, as {path}#KEY")
     if key not in lines:
@@ -311,16 +292,33 @@ def _text_of(place: str) -> str:
     return lines[key]
 
 
+def _text_of(place: str) -> str | bytes:
+    "The JSON text of a run named as in `read_run`."
+    path, _, key = place.partition("#")
+    if Path(path).is_dir():
+        raise UsageError(
+            f"{path} is a folder: give one of its run files, FOLDER/TASK/KEY.json or FOLDER/TASK.jsonl#KEY"
+        )
+    if path.endswith(".jsonl"):
+        file = Path(path.removesuffix(".jsonl"), f"{key}.json")
+        return file.read_bytes() if key and file.exists() else _packed_line(path, key)
+    file = Path(path)
+    line = None if file.exists() else packed_lines(f"{file.parent}.jsonl").get(file.stem)
+    return line or file.read_bytes()
+
+
 def read_run(
     place,  # 'FOLDER/TASK/KEY.json' or 'FOLDER/TASK.jsonl#KEY'
 ) -> dict:  # the run record
     "One run. Raises `UsageError` when there is none at `place`, `OSError` when it cannot be read."
     try:
-        run = json.loads(_text_of(str(place)))
-    except json.JSONDecodeError:
-        run = None
-    if not isinstance(run, dict) or not {f.name for f in fields(RunSpec)} <= set(run):
-        raise UsageError(f"{place} is no run file")
+        run = from_json(_text_of(str(place)))
+    except UsageError:
+        raise
+    except ValueError:
+        raise UsageError(f"{place} is no run file: it is not JSON") from None
+    if problem := run_problem(run):
+        raise UsageError(f"{place} is no run file: {problem}")
     return run
 
 

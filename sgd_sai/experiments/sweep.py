@@ -8,21 +8,23 @@ __all__ = ["LR_RULES", "Sweep", "read_sweep", "expand", "rank_of", "best_of_runs
 # %% ../../nbs/experiments/sweep.ipynb #3b6f875a
 import itertools
 import json
+import math
 import statistics
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
+from .choices import PRECISIONS
 from .engines import Job, train_all
 from .errors import UsageError, unknown
 from .processes import broadcast, is_main, main_first
 from .progress import no_progress
-from .run_specs import check_spec, epoch_steps, make_spec, run_cost
+from .run_specs import check_run_count, check_spec, epoch_steps, run_cost, spec_with
 from .runs import RunSpec, check_writable, load_run, remove_partial_files
 from .tasks.registry import get_task
 from .tasks.task import Data, Task
-from .train import PRECISIONS, Tracking
+from .train import Tracking
 
 # %% ../../nbs/experiments/sweep.ipynb #be79b796
 LR_RULES = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}  # power of the relative batch size by which lr is multiplied
@@ -38,22 +40,22 @@ class Sweep:
     epochs: list | None = None  # length of a run: number or list
     steps: list | None = None  # the same in steps; neither: the task's own
     batch_size: list | None = None  # items per step: number or list; None: the task's own
-    precision: str = "no"  # as in train.PRECISIONS
+    precision: str = "no"  # as in choices.PRECISIONS
     lr_rule: str | dict = "none"  # how lr follows the batch size, see LR_RULES; or optimizer -> rule
     lr_factor: list = field(default_factory=lambda: [1])  # lr is multiplied by: number or list
     grid: dict = field(default_factory=dict)  # optimizer -> hyperparameter -> value or list, null: the default
     best_of: "Sweep|None" = None  # a sweep (in a file: its file) in which each optimizer has its best setting
 
     def __post_init__(self):
-        names = self.optimizers if isinstance(self.optimizers, list) else [self.optimizers]
-        self.optimizers = list(dict.fromkeys(names))
+        self.optimizers = _names(self.optimizers)
+        _check_kinds(self)
         _check_numbers(self)
         if self.precision not in PRECISIONS:
             raise unknown("precision", str(self.precision), PRECISIONS)
         if not isinstance(self.lr_rule, dict):
             self.lr_rule = dict.fromkeys(self.optimizers, self.lr_rule)
         for rule in self.lr_rule.values():
-            if rule not in LR_RULES:
+            if str(rule) not in LR_RULES:
                 raise unknown("lr_rule", str(rule), LR_RULES)
         _check_names("lr_rule", self.lr_rule, self.optimizers)
         _check_names("grid", self.grid, self.optimizers)
@@ -74,35 +76,57 @@ def _number(x):
 
 
 def _numbers(what: str, given, integer: bool = False) -> list:
-    "One number or a list of them as a list. Raises `UsageError` unless all are positive."
+    "One number or a list of them as a list. Raises `UsageError` for an empty list, and unless all are positive."
     numbers = [_number(x) for x in (given if isinstance(given, list) else [given])]
+    if not numbers:
+        raise UsageError(f"{what} is an empty list")
     for x in numbers:
-        if isinstance(x, bool) or not isinstance(x, int if integer else (int, float)) or not x > 0:
+        if isinstance(x, bool) or not isinstance(x, int if integer else (int, float)) or not 0 < x < math.inf:
             raise UsageError(f"{what}: {x!r} is not a positive {'whole ' * integer}number")
     return numbers
 
 
+# %% ../../nbs/experiments/sweep.ipynb #bad5d4da
+def _names(given) -> list[str]:
+    "One optimizer or a list of them as a list without repetitions. Raises `UsageError` for anything else."
+    names = given if isinstance(given, list) else [given]
+    if not names or not all(isinstance(name, str) and name for name in names):
+        raise UsageError(f"optimizers: {given!r} is neither the name of an optimizer nor a list of names")
+    return list(dict.fromkeys(names))
+
+
 def _lists(name: str, values) -> dict:
-    "The grid of one optimizer with a list for each hyperparameter. Raises `UsageError` for what is no mapping."
-    if not isinstance(values, dict):
+    "The grid of one optimizer with a list for each hyperparameter. Raises `UsageError` for what is no such mapping."
+    if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
         raise UsageError(f"grid of {name}: {values!r} is not a mapping of hyperparameters to values")
     lists = {}
     for key, value in values.items():
         given = value if isinstance(value, list) else [value]
+        if not given:
+            raise UsageError(f"{key} of {name} is an empty list")
         lists[key] = _numbers(f"lr of {name}", given) if key == "lr" else [_number(x) for x in given]
     return lists
 
 
 # %% ../../nbs/experiments/sweep.ipynb #72cdbd88
+def _check_kinds(sweep: Sweep):
+    "Raise `UsageError` for a task that is no name and a grid that is no mapping."
+    if not isinstance(sweep.task, str) or not sweep.task:
+        raise UsageError(f"task: {sweep.task!r} is not the name of a task")
+    if not isinstance(sweep.grid, dict):
+        raise UsageError(f"grid: {sweep.grid!r} is not a mapping of optimizers to hyperparameters")
+
+
 def _check_numbers(sweep: Sweep):
     "Make lists of lengths, batch sizes and factors. Raises `UsageError` for what is no positive number."
     if sweep.epochs and sweep.steps:
         raise UsageError("a sweep has epochs or steps, not both")
     for key, integer in dict(epochs=False, steps=True, batch_size=True, lr_factor=False).items():
-        if getattr(sweep, key):
+        if getattr(sweep, key) is not None:
             setattr(sweep, key, _numbers(key, getattr(sweep, key), integer))
-    if len(_numbers("seeds", sweep.seeds, True)) > 1:
+    if isinstance(sweep.seeds, list):
         raise UsageError("seeds is the number of seeds")
+    (sweep.seeds,) = _numbers("seeds", sweep.seeds, True)
 
 
 def _check_names(what: str, names, optimizers: list):
@@ -114,6 +138,8 @@ def _check_names(what: str, names, optimizers: list):
 
 def _check_best_of(sweep: Sweep):
     "Raise `UsageError` when the best settings cannot come from the sweep that is named."
+    if not isinstance(sweep.best_of, Sweep):
+        raise UsageError(f"best_of: {sweep.best_of!r} is no sweep")
     if sweep.grid:
         raise UsageError("a sweep has a grid or best_of, not both")
     if sweep.best_of.task != sweep.task:
@@ -122,19 +148,31 @@ def _check_best_of(sweep: Sweep):
 
 
 # %% ../../nbs/experiments/sweep.ipynb #7aa53b58
-def read_sweep(
-    path,  # of the YAML file
-) -> Sweep:
-    "A sweep from its file. Raises `UsageError` for what is wrong in it, `OSError` when it cannot be read."
+def _yaml_mapping(path: Path) -> dict:
+    "What stands in a sweep's file. Raises `UsageError` for what is no mapping, `OSError` when it cannot be read."
     import yaml
 
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder: give the YAML file of a sweep")
     try:
-        given = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except yaml.YAMLError as e:
+        given = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as e:
+        raise UsageError(f"{path} is not UTF-8 text: {e.reason} at byte {e.start}") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as e:  # ValueError: a date that there is not
         raise UsageError(f"{path} is not YAML: {e}") from None
-    known = [f.name for f in fields(Sweep)]
     if not isinstance(given, dict):
-        raise UsageError(f"{path} is no sweep, which has lines like 'task: digits-vit'. Known keys: {', '.join(known)}")
+        known = ", ".join(f.name for f in fields(Sweep))
+        raise UsageError(f"{path} is no sweep, which has lines like 'task: digits-vit'. Known keys: {known}")
+    return given
+
+
+def read_sweep(
+    path,  # of the YAML file
+    readers: tuple = (),  # files that name this one as their best_of, the nearest last
+) -> Sweep:
+    "A sweep from its file. Raises `UsageError` for what is wrong in it, `OSError` when it cannot be read."
+    path = Path(path)
+    given, known = _yaml_mapping(path), [f.name for f in fields(Sweep)]
     for key in given:
         if key not in known:
             raise unknown(f"key in {path}", str(key), known)
@@ -142,7 +180,10 @@ def read_sweep(
         if key not in given:
             raise UsageError(f"{path} does not say which {key}")
     if given.get("best_of"):
-        given["best_of"] = read_sweep(Path(path).parent / str(given["best_of"]))
+        other = path.parent / str(given["best_of"])
+        if other.resolve() in (path.resolve(), *readers):
+            raise UsageError(f"{path}: best_of leads back to {other.name}")
+        given["best_of"] = read_sweep(other, (*readers, path.resolve()))
     return Sweep(**given)
 
 
@@ -180,6 +221,13 @@ def _lengths(sweep: Sweep, task: Task, data: Data, batch_size: int) -> list[int]
     return sweep.steps or [task.steps]
 
 
+def _check_size(sweep: Sweep, sizes: int):
+    "Raise `UsageError` for more runs than can be meant, before they are listed."
+    cells = [math.prod(map(len, sweep.grid.get(name, {}).values())) for name in sweep.optimizers]
+    lengths = len(sweep.epochs or sweep.steps or [0])
+    check_run_count(sum(cells) * sizes * len(sweep.lr_factor) * lengths * sweep.seeds)
+
+
 # %% ../../nbs/experiments/sweep.ipynb #49f10390
 def expand(
     sweep: Sweep,
@@ -189,13 +237,15 @@ def expand(
 ) -> list[RunSpec]:  # without duplicates
     "The runs of a sweep: seeds outermost, then the expensive ones first. Raises `UsageError` for what is wrong."
     task, specs = get_task(sweep.task), []
-    points, sizes = _points(sweep, data, folder), sweep.batch_size or [task.batch_size]
+    sizes = sweep.batch_size or [task.batch_size]
+    _check_size(sweep, len(sizes))
+    points = _points(sweep, data, folder)
     for name, size, lr_factor in itertools.product(sweep.optimizers, sizes, sweep.lr_factor):
         factor = lr_factor * (size / task.batch_size) ** LR_RULES[sweep.lr_rule.get(name, "none")]
         lengths = _lengths(sweep, task, data, size)
         for point, steps, seed in itertools.product(points[name], lengths, range(sweep.seeds)):
             changes = _with_lr_times(task, name, point, factor)
-            specs.append(make_spec(task, data, name, seed, steps, sweep.precision, size, **changes))
+            specs.append(spec_with(task, data, name, changes, seed, steps, sweep.precision, size))
     for spec in specs:
         if check and not spec.seed:
             check_spec(spec)  # the others differ from one of these by their seed
@@ -271,7 +321,7 @@ def run_sweep(
     folder,  # root of the run files
     workers: int | None = 1,  # processes, 1: train here; on Ray runs at a time, None: as many as processors
     data_dir=None,  # folder with data; None: see tasks.task.data_folder
-    device: str | None = None,  # 'cpu', or None for a GPU when there is one
+    device: str | None = None,  # 'cpu' or 'cuda'; None: a GPU when there is one
     progress: Callable | None = None,  # as progress.progress_lines
     engine: str = "local",
     address: str | None = None,  # as in engines.train_all

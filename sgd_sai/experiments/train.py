@@ -4,11 +4,9 @@
 
 # %% auto #0
 __all__ = [
-    "PRECISIONS",
     "schedule",
     "batches",
     "evaluate",
-    "make_accelerator",
     "Training",
     "twice_differentiable",
     "one_step",
@@ -32,6 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, RandomSampler
 
 from .optimizers import build_optimizer
+from .precision import in_bfloat16, make_accelerator
 from .processes import process_count
 from .runs import RunSpec, environment
 from .state_rules import state_bytes
@@ -117,46 +116,6 @@ def _validation_batches(task: Task, data: Data, spec: RunSpec) -> DataLoader:
     return DataLoader(data.val, max(size // process_count(), 1) * process_count(), num_workers=task.loader_workers)
 
 
-# %% ../../nbs/experiments/train.ipynb #75a57ad1
-PRECISIONS = ("no", "bf16", "fp16", "bf16-true")  # float32, two kinds of autocast, parameters in bfloat16
-
-
-def make_accelerator(
-    precision: str,  # one of PRECISIONS
-    device: str | None,  # 'cpu', or None for a GPU when there is one
-    **settings,  # of the Accelerator
-):  # accelerate.Accelerator
-    "An `Accelerator` for this precision, on the CPU when asked for or when there is nothing else."
-    from accelerate import Accelerator, DataLoaderConfiguration
-    from accelerate.state import AcceleratorState
-
-    AcceleratorState._reset_state()  # or the first run of a process would decide about the precision of all
-    return Accelerator(
-        mixed_precision="no" if precision == "bf16-true" else precision,
-        cpu=device == "cpu",
-        dataloader_config=DataLoaderConfiguration(split_batches=True, even_batches=False),
-        **settings,
-    )
-
-
-def _in_bfloat16(model: nn.Module) -> nn.Module:
-    "The model with bfloat16 parameters. Inputs are cast to bfloat16, outputs to float32, in which losses are computed."
-
-    def cast_inputs(_, args):
-        return tuple(x.bfloat16() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in args)
-
-    def cast_outputs(_, args, out):
-        if isinstance(out, torch.Tensor):
-            return out.float()
-        out["logits"] = out["logits"].float()
-        return out
-
-    model = model.bfloat16()
-    model.register_forward_pre_hook(cast_inputs)
-    model.register_forward_hook(cast_outputs)
-    return model
-
-
 # %% ../../nbs/experiments/train.ipynb #03868028
 class Training(NamedTuple):
     "A run that is under way."
@@ -192,7 +151,7 @@ def _prepare(task: Task, data: Data, spec: RunSpec, accelerator) -> Training:
     torch.manual_seed(spec.seed)
     model = task.build(data.sizes)
     if spec.precision == "bf16-true":
-        model = _in_bfloat16(model)
+        model = in_bfloat16(model)
     bare_optimizer = build_optimizer(spec.optimizer, model, spec.hyperparameters)
     scheduler = torch.optim.lr_scheduler.LambdaLR(
         bare_optimizer, lambda step: schedule(step, spec.steps, spec.warmup, milestones=task.milestones)
@@ -378,12 +337,14 @@ def train(
     task: Task,
     data: Data,
     spec: RunSpec,  # what defines the run
-    device: str | None = None,  # 'cpu' to stay there; None: a GPU when there is one
+    device: str | None = None,  # 'cpu' or 'cuda'; None: a GPU when there is one
     on_step: Callable = ignore,  # called with step, loss and metrics after every step, e.g. to move a progress bar
     on_gradients: Callable = ignore,  # called with step and model before clipping; its time counts as the step's
     tracking: Tracking | None = None,  # which trackers follow the run, see trackers
 ) -> dict:  # status, history, best, final, extra, seconds, ms_per_step, state_bytes, parameters, trained, environment
-    "Train one model once. A run that stops being finite has status 'diverged'."
+    """Train one model once. A run that stops being finite has status 'diverged'.
+
+    Raises `UsageError` for a device that is not there."""
     folder = tracking_folder(tracking, spec) if tracking else None
     settings = dict(log_with=list(tracking.names), project_dir=str(folder)) if tracking else {}
     accelerator = make_accelerator(spec.precision, device, **settings)

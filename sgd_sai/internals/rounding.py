@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from .chunks import FP32_CHUNK, chunks, is_quantized_subclass, same_layout
-from .sharding import to_local
+from .sharding import holds_numbers, to_local
 
 # %% ../../nbs/internals/rounding.ipynb #8026474d
 TABLE = 1 << 19  # entries of the table of noise, 2 MB on each device that rounds
@@ -48,11 +48,12 @@ def random_bits(
 ) -> Tensor:  # (n,), int32, uniform in [0, 65536)
     "The same `n` numbers for the same key, on every device and in every process."
     device = torch.device(device)
-    if device not in _tables:
-        _tables[device] = torch.randint(
-            0, 1 << 16, (TABLE,), dtype=torch.int32, generator=torch.Generator().manual_seed(0)
-        ).to(device)
-    table, z = _tables[device], _hashed(*key)
+    table, z = _tables.get(device), _hashed(*key)
+    if table is None:
+        generator = torch.Generator(device="cpu").manual_seed(0)
+        table = torch.randint(0, 1 << 16, (TABLE,), dtype=torch.int32, generator=generator, device="cpu").to(device)
+        if holds_numbers(table):  # a fake one belongs to the mode that it was made in
+            _tables[device] = table
     if n > TABLE // 2:
         table = table.repeat(-(-n // TABLE) + 1)
     first = z % (len(table) - n + 1)

@@ -5,14 +5,19 @@
 # %% auto #0
 __all__ = [
     "PLAIN_TENSOR_TYPES",
+    "Entry",
     "is_sharded",
     "any_sharded",
     "to_local",
     "full_tensor",
+    "holds_numbers",
     "redistribute_like",
     "sharded_mesh_dims",
     "distribute_like",
+    "process_groups",
     "all_reduce_rows",
+    "check_same_tensors",
+    "check_same_in_group",
     "is_fsdp1_flat_param",
     "is_fsdp1_shard",
     "register_fsdp1",
@@ -20,9 +25,15 @@ __all__ = [
 ]
 
 # %% ../../nbs/internals/sharding.ipynb #f76e440d
+import hashlib
+from itertools import zip_longest
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import is_fake
+
+from .names import listed
 
 # %% ../../nbs/internals/sharding.ipynb #2847402c
 PLAIN_TENSOR_TYPES = {Tensor, nn.Parameter}  # most tensors: to compare types is quicker than to look for a method
@@ -51,6 +62,12 @@ def to_local(
 def full_tensor(t: Tensor) -> Tensor:
     "The whole tensor of a `DTensor`, gathered in every process; other tensors as they are."
     return t.full_tensor() if is_sharded(t) else t
+
+
+# %% ../../nbs/internals/sharding.ipynb #9911f494
+def holds_numbers(t: Tensor) -> bool:
+    "False for tensors that have a shape and no entries: those on the meta device, and those of FakeTensorMode."
+    return t.device.type != "meta" and not is_fake(t)
 
 
 def redistribute_like(
@@ -86,22 +103,161 @@ def distribute_like(
     return redistribute_like(t, p)
 
 
+# %% ../../nbs/internals/sharding.ipynb #11f48831
+def process_groups(
+    tensors: list[Tensor],  # sharded or not
+    mesh_dims: list[list[int]],  # for each tensor the dimensions of its mesh that count
+) -> dict:  # from a process group to the kind of device that it communicates on, and the positions of its tensors
+    "The groups of processes along these dimensions, in an order that is the same in all processes."
+    groups = {}
+    for i, (t, dims) in enumerate(zip(tensors, mesh_dims, strict=True)):
+        for dim in dims:
+            groups.setdefault(t.device_mesh.get_group(dim), (t.device_mesh.device_type, []))[1].append(i)
+    return dict(sorted(groups.items(), key=lambda item: (dist.get_process_group_ranks(item[0]), item[0].group_name)))
+
+
 # %% ../../nbs/internals/sharding.ipynb #b5c1f531
 def all_reduce_rows(
     rows: Tensor,  # (k, ...): numbers that this process has computed from its shards of k tensors
     tensors: list[Tensor],  # the k tensors, in the same order in all processes
     op=None,  # dist.ReduceOp; None: the sum
 ) -> Tensor:  # those of the whole tensors, on the device of `rows`, equal in all processes
-    "Rows reduced between the processes, with one all-reduce for each group of processes that share tensors."
-    groups = {}
-    for i, t in enumerate(tensors):
-        for dim in sharded_mesh_dims(t):
-            groups.setdefault(t.device_mesh.get_group(dim), (t.device_mesh.device_type, []))[1].append(i)
-    for group, (device, index) in groups.items():
-        message = rows[index].to(device).contiguous()
-        dist.all_reduce(message, op=op or dist.ReduceOp.SUM, group=group)
-        rows[index] = message.to(rows.device)
+    """Rows reduced between the processes, with one all-reduce for each group of processes that share tensors.
+
+    Raises `ValueError` for summands of tensors, whose sums say nothing about the tensor."""
+    if any(placement.is_partial() for t in tensors if is_sharded(t) for placement in t.placements):
+        raise ValueError("a DTensor of summands (Partial) has to be added up first: t.redistribute(placements=...)")
+    dims = [sharded_mesh_dims(t) for t in tensors]
+    for k in range(max(map(len, dims), default=0)):
+        for group, (device, index) in process_groups(tensors, [d[k : k + 1] for d in dims]).items():
+            message = rows[index].to(device).contiguous()
+            dist.all_reduce(message, op=op or dist.ReduceOp.SUM, group=group)
+            rows[index] = message.to(rows.device)
     return rows
+
+
+# %% ../../nbs/internals/sharding.ipynb #972f7431
+Entry = tuple[str, tuple[str, ...]]  # a name, and what has to be equal besides: dtype, shape ...
+
+
+def _unequal(mine: dict, theirs: dict) -> dict:  # from the unequal properties on both sides to the names that have them
+    "Names that both lists have with other properties."
+    found = {}
+    for name in [name for name in mine if name in theirs]:
+        unequal = [(x, y) for x, y in zip(mine[name], theirs[name], strict=True) if x != y]
+        if unequal:
+            found.setdefault(tuple(", ".join(side) for side in zip(*unequal, strict=True)), []).append(name)
+    return found
+
+
+def _pair_differences(first: list[Entry], other: list[Entry], a: int, b: int) -> list[str]:
+    "In words, what is different between the list of rank `a` and that of rank `b`."
+    mine, theirs = dict(first), dict(other)
+    found = []
+    for rank, has, lacks in ((b, mine, theirs), (a, theirs, mine)):
+        missing = [name for name in has if name not in lacks]
+        found += [f"rank {rank} lacks {listed(missing)}"] if missing else []
+    for (x, y), names in _unequal(mine, theirs).items():
+        found.append(f"{listed(names)}: {x} on rank {a}, but {y} on rank {b}")
+    if found or first == other:
+        return found
+    pairs = enumerate(zip_longest([name for name, _ in first], [name for name, _ in other], fillvalue="nothing"))
+    i, (x, y) = next((i, pair) for i, pair in pairs if pair[0] != pair[1])
+    return [f"the order is another one: at position {i} stands {x} on rank {a}, but {y} on rank {b}"]
+
+
+# %% ../../nbs/internals/sharding.ipynb #a1a51f98
+def _gather_bytes(
+    message: list[int],  # of this process: as many bytes as all others send
+    group,  # process group
+    device: str | torch.device,  # on which its processes communicate
+) -> list[list[int]]:  # the messages, by position in the group
+    "One all-gather."
+    sent = torch.tensor(message, dtype=torch.uint8, device=device)
+    received = [torch.empty_like(sent) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(received, sent, group=group)
+    return torch.stack(received).tolist()
+
+
+def _digest(entries: list[Entry]) -> list[int]:
+    "32 bytes that are different for different lists."
+    return [*hashlib.sha256(repr(entries).encode()).digest()]
+
+
+def _differences(entries: list[Entry], group) -> list[str]:
+    "In words, where the lists of the processes of `group` differ from that of its first process; the same in all."
+    ranks = dist.get_process_group_ranks(group)
+    lists = [None] * len(ranks)
+    dist.all_gather_object(lists, entries, group=group)
+    pairs = zip(lists[1:], ranks[1:], strict=True)
+    return [text for other, rank in pairs for text in _pair_differences(lists[0], other, ranks[0], rank)]
+
+
+# %% ../../nbs/internals/sharding.ipynb #6259c1ea
+def _entries(names: list[str], tensors: list[Tensor], notes: list[str]) -> list[Entry]:
+    "What has to be equal of each tensor."
+    entries = []
+    for name, t, note in zip(names, tensors, notes, strict=True):
+        placements = f"placed {', '.join(map(str, t.placements))}" if is_sharded(t) else "whole"
+        dtype = str(t.dtype).removeprefix("torch.")
+        entries.append((name, (f"shape {tuple(t.shape)}", dtype, placements, note)))
+    return entries
+
+
+def _raise_different(found: list[str]):
+    "Raise `RuntimeError` for what `_differences` has found."
+    raise RuntimeError(
+        f"the optimizers of the processes do not hold the same parameters in the same state: {'; '.join(found)}. "
+        "Numbers of different tensors would be added up, so nothing was computed. Build the optimizer from the same "
+        "named_parameters(), in the same order, in every process, and load and step in all of them"
+    )
+
+
+# %% ../../nbs/internals/sharding.ipynb #cdcf9b1f
+@torch._disable_dynamo
+def check_same_tensors(
+    names: list[str],  # of the tensors, as for errors
+    tensors: list[Tensor],  # all that this process has, whether they take part now or not; ordinary ones are left out
+    notes: list[str] | None = None,  # for each something else that has to be equal, such as "no gradient"
+):
+    """Raise `RuntimeError` in all processes, saying where they differ, unless all that share tensors name the same.
+
+    A collective: every process of every mesh has to call it. One all-gather for each group of processes."""
+    groups = process_groups(tensors, [*map(sharded_mesh_dims, tensors)])
+    if not all(holds_numbers(tensors[i]) for _, index in groups.values() for i in index):
+        return
+    lists, different, rounds = {}, [], {}
+    every = _entries(names, tensors, notes or [""] * len(names))
+    for group, (device, index) in groups.items():
+        lists[group] = [every[i] for i in index]
+        *digests, counts = zip(*_gather_bytes([*_digest(lists[group]), len(groups)], group, device), strict=True)
+        rounds[group] = max(counts) - 1
+        if any(len({*byte}) > 1 for byte in digests):
+            different.append(group)
+    found = [text for group in different for text in _differences(lists[group], group)]
+    failed = int(bool(found))
+    for i in range(max(rounds.values(), default=0)):
+        for group, (device, _) in groups.items():
+            if i < rounds[group]:
+                failed = max(max(_gather_bytes([failed], group, device)))
+    if failed:
+        _raise_different(found or ["other processes of the mesh have raised this error and say where"])
+
+
+# %% ../../nbs/internals/sharding.ipynb #722dbc56
+@torch._disable_dynamo
+def check_same_in_group(
+    names: list[str],  # of the tensors, as for errors
+    tensors: list[Tensor],  # whole tensors of this process that are to be averaged with those of the others
+    group,  # process group; None: all processes
+    device: str | torch.device,  # on which its processes communicate
+):
+    "Raise `RuntimeError` in all processes of the group, saying where they differ, unless all of them give the same."
+    group = dist.group.WORLD if group is None else group
+    entries = _entries(names, tensors, [""] * len(names))
+    digests = _gather_bytes(_digest(entries), group, device)
+    if any(digest != digests[0] for digest in digests):
+        _raise_different(_differences(entries, group))
 
 
 # %% ../../nbs/internals/sharding.ipynb #b72c859a

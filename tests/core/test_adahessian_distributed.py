@@ -87,3 +87,46 @@ def test_defect_distributed_average_is_discarded(tmp_path):
     # DistributedDataParallel's own averaging does not support create_graph=True:
     # PyTorch fails in the backward pass, unless the model has one parameter
     assert all("leaf Variable that requires grad" in runs["DistributedDataParallel"] for runs in results)
+
+
+def scaled_run(data, poisoned, average_gradients=True, process_group=None):
+    "Parameters and states after six steps under a GradScaler; in the steps `poisoned` the loss here is infinite."
+    net = small_net()
+    opt = AdaHessian(
+        net.named_parameters(),
+        lr=0.05,
+        update_period=2,
+        average_gradients=average_gradients,
+        process_group=process_group,
+    )
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**6)
+    for t in range(6):
+        x, y = (part.float() for part in data(t))
+        opt.zero_grad()
+        loss = F.mse_loss(net(x), y) * (torch.inf if t in poisoned else 1.0)
+        scaler.scale(loss).backward(create_graph=opt.needs_graph())
+        scaler.step(opt)
+        scaler.update()
+    return [p.detach() for p in net.parameters()], [dict(opt.state[p]) for p in net.parameters()], scaler.get_scale()
+
+
+POISONED = [{2}, {1, 4}]  # steps of each process; with an estimate every other step, the second is one without
+
+
+def under_a_grad_scaler(rank, store, out):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    torch.save(scaled_run(lambda t: (part.chunk(2)[rank] for part in small_data()), POISONED[rank]), f"{out}.{rank}")
+    dist.destroy_process_group()
+
+
+def test_infinite_gradients_in_one_process_make_all_skip_the_step(tmp_path):
+    first, second = on_two_processes(under_a_grad_scaler, tmp_path)
+    for p, q in zip(first[0], second[0], strict=True):
+        assert torch.equal(p, q)
+    for state in first[1] + second[1]:
+        assert state["step"] == 3  # of six, three were skipped
+    assert first[2] == 2.0**5 and second[2] == 2.0**4  # each scaler has seen its own infinities
+    # the scales differ by then, and the means are still those of the whole batch
+    whole = scaled_run(lambda t: small_data(), POISONED[0] | POISONED[1], average_gradients=False)
+    assert_same_run(first[:2], whole[:2], rtol=1e-5, atol=1e-7)

@@ -15,6 +15,7 @@ from common import (
 )
 from torch import nn
 
+import sgd_sai.adahessian
 from sgd_sai.adahessian import AdaHessian
 
 pytestmark = [
@@ -202,3 +203,45 @@ def test_seed_and_count_travel_with_the_groups(travel):
     opt.zero_grad()
     new, _ = travel(opt, params)
     assert [(g["seed"], g["draws"], g["age"]) for g in new.param_groups] == [(3, 3, 0), (0, 2, 1)]
+
+
+# --- what copies and checkpoints ask for ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("travel", [through_pickle, through_deepcopy])
+def test_a_copy_averages_over_no_processes_if_the_original_did_not(travel):
+    params = [param(3)]
+    assert travel(AdaHessian(params, process_group=False), params)[0].process_group is False
+    assert travel(AdaHessian(params), params)[0].process_group is None
+
+
+def probe(lr=0.0, grad=0.0, options=None):
+    "An optimizer after the step by which `torch.distributed.checkpoint` asks what state it keeps."
+    p = param(3)
+    opt = AdaHessian([("p", p)], lr=lr, **(options or {}))
+    p.grad = torch.full_like(p, grad)
+    opt.step()
+    return p, opt
+
+
+def test_a_checkpoint_that_asks_for_the_state_counts_as_no_estimate():
+    p, opt = probe(options=dict(update_period=3))
+    group = opt.param_groups[0]
+    assert (group["age"], group["draws"]) == (0, 0) and not opt.state[p]["exp_hessian_diag_sq"].any()
+    p.grad = torch.zeros_like(p)
+    opt.step()  # it has state by now, so this is a step like any other, of a parameter that a batch did not use
+    assert (group["age"], group["draws"]) == (1, 1)
+
+
+def test_only_gradients_of_zero_at_learning_rate_zero_ask_for_the_state():
+    for wrong in (dict(grad=1.0), dict(grad=1.0, lr=0.1)):
+        with pytest.raises(RuntimeError, match="that of p .*create_graph=True"):
+            probe(**wrong)
+
+
+@pytest.mark.parametrize("kind", ["is_sharded", "is_fsdp1_shard", "is_fsdp1_flat_param"])
+def test_every_kind_of_sharded_parameter_is_refused_by_name(kind, monkeypatch):
+    p, q = param(3), param(3)
+    monkeypatch.setattr(sgd_sai.adahessian, kind, lambda x: x is q)
+    with pytest.raises(ValueError, match="sharded parameters, such as second"):
+        AdaHessian([("first", p), ("second", q)])

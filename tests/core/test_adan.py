@@ -24,7 +24,7 @@ from common import (
 )
 from torch import nn
 
-import sgd_sai.adan
+import sgd_sai.adan_kernels
 from sgd_sai.adan import Adan
 from sgd_sai.internals.base import debias
 
@@ -113,7 +113,7 @@ def test_state_equals_the_released_one(task, flags):
 
 @both_decays
 def test_steps_in_chunks_equal_the_released_arithmetic(task, released_paths, matrices_prox, monkeypatch):
-    monkeypatch.setattr(sgd_sai.adan, "CACHE_CHUNK", 50)
+    monkeypatch.setattr(sgd_sai.adan_kernels, "CACHE_CHUNK", 50)
     model_class, grads = task
     model = same_start(model_class)
     assert_same_path(

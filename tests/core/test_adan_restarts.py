@@ -15,7 +15,7 @@ from common import (
     twin,
 )
 
-import sgd_sai.adan
+import sgd_sai.adan_kernels
 from sgd_sai.adan import Adan, adan_reference
 
 pytestmark = pytest.mark.usefixtures("seeded", "kernels_for_small_tensors_too")
@@ -96,7 +96,7 @@ def plain_python_restarts(params, grads):
 @pytest.mark.parametrize("flags", [{}, dict(foreach=True), dict(capturable=True)], ids=str)
 def test_restart_radius_equals_the_criterion_in_plain_python(flags, in_chunks, monkeypatch):
     if in_chunks:
-        monkeypatch.setattr(sgd_sai.adan, "CACHE_CHUNK", 3)
+        monkeypatch.setattr(sgd_sai.adan_kernels, "CACHE_CHUNK", 3)
     start, grads = restart_run()
     when, tracks = plain_python_restarts(start, grads)
     assert 3 <= len(when) <= 20

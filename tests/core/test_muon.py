@@ -11,7 +11,9 @@ from torch import nn
 from sgd_sai import MuonSaI, SGDSaI
 from sgd_sai.experiments.muon_adamw import MuonAdamW
 from sgd_sai.experiments.optimizers import build_optimizer
-from sgd_sai.muon_sai import hidden_matrices, muon_groups, orthogonalize
+from sgd_sai.internals.base import lr_of
+from sgd_sai.muon_groups import hidden_matrices, muon_groups
+from sgd_sai.orthogonalize import orthogonalize
 
 
 def net():
@@ -106,7 +108,8 @@ def test_copies_keep_groups_and_defaults(copied):
     ]
     assert other.scales() == opt.scales()
     other.add_param_group({"params": [("more", nn.Parameter(torch.randn(3, 3)))]})
-    assert not other.param_groups[-1]["muon"] and other.param_groups[-1]["lr"] == pytest.approx(0.03)
+    added = other.param_groups[-1]
+    assert not added["muon"] and added["lr"] * added["lr_factor"] == pytest.approx(0.03)
 
 
 def test_groups_hold_hyperparameters_and_nothing_else():
@@ -115,11 +118,11 @@ def test_groups_hold_hyperparameters_and_nothing_else():
     opt = MuonSaI(model, lr=0.02)
     copied, loaded = copy.deepcopy(opt), MuonSaI(net())
     loaded.load_state_dict(opt.state_dict())
-    expected = {*SGDSaI(model.named_parameters()).param_groups[0], "muon"}
+    expected = {*SGDSaI(model.named_parameters()).param_groups[0], "muon", "stacked", "lr_factor"}
     for other in (opt, copied, pickle.loads(pickle.dumps(opt)), loaded):
         other.add_param_group({"params": [("more", nn.Parameter(torch.randn(3, 3)))]})
         assert all(set(group) == expected for group in other.param_groups + other.state_dict()["param_groups"])
-    assert loaded.param_groups[-1]["lr"] == pytest.approx(0.03)
+    assert loaded.param_groups[-1]["lr"] == 0.02 and loaded.param_groups[-1]["lr_factor"] == 1.5
 
 
 def test_resume_is_exact_and_schedulers_move_both_rates():
@@ -130,7 +133,7 @@ def test_resume_is_exact_and_schedulers_move_both_rates():
         gradients(model, step)
         opt.step()
         scheduler.step()
-    assert [g["lr"] for g in opt.param_groups] == pytest.approx([0.005, 0.0075, 0.0075])
+    assert [lr_of(g) for g in opt.param_groups] == pytest.approx([0.005, 0.0075, 0.0075])
     twin, file = copy.deepcopy(model), io.BytesIO()
     torch.save(opt.state_dict(), file)
     resumed = MuonSaI(twin, lr=1.0)
@@ -155,7 +158,7 @@ def test_rule_can_be_overridden_and_groups_say_themselves():
         lr=0.1,
         sai_lr=0.2,
     )
-    assert [g["lr"] for g in opt.param_groups] == [0.5, 0.2] and [g["momentum"] for g in opt.param_groups] == [
+    assert [lr_of(g) for g in opt.param_groups] == [0.5, 0.2] and [g["momentum"] for g in opt.param_groups] == [
         0.95,
         0.9,
     ]
@@ -176,7 +179,7 @@ def test_wrong_use_is_said():
     with pytest.raises(ValueError, match="Invalid learning rate"):
         MuonSaI(model, sai_lr=-1.0)
     with pytest.raises(ValueError, match="does not support state_dtype"):
-        MuonSaI([{"params": list(model.parameters()), "state_dtype": torch.bfloat16}])
+        MuonSaI([{"params": list(model.parameters()), "muon": False, "state_dtype": torch.bfloat16}])
     opt, before = MuonSaI(model), copy.deepcopy(model.state_dict())
     gradients(model, 0)
     before = copy.deepcopy(model.state_dict())

@@ -10,8 +10,15 @@ from torch import nn
 
 from sgd_sai import SGDSaI, gsnr
 from sgd_sai.gsnr import gsnr_values, norm_mean_std
-from sgd_sai.internals.chunks import chunks
-from sgd_sai.scale_rules import BUILT_IN_RULES, SCALE_RULES, get_scale_rule, measure_scales, register_scale_rule
+from sgd_sai.internals.chunks import chunks, same_layout
+from sgd_sai.scale_rules import (
+    BUILT_IN_RULES,
+    SCALE_RULES,
+    _largest_entries,
+    get_scale_rule,
+    measure_scales,
+    register_scale_rule,
+)
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
@@ -164,6 +171,18 @@ def test_chunks_cover_a_tensor_once():
             assert (other == 1).all() and sum(a.numel() for a, _ in chunks(p, other, size=size)) == p.numel()
 
 
+def test_tensors_with_gaps_of_one_layout_are_cut_into_slices():
+    "Equal strides are not enough: between the entries of a slice are those of others."
+    whole = [torch.zeros(40, 6) for _ in range(2)]
+    views = [t[:, :3] for t in whole]
+    assert not same_layout(*views) and same_layout(*whole) and same_layout(*(t.t() for t in whole))
+    pieces = list(chunks(*views, size=30))
+    assert [a.shape for a, _ in pieces] == [(10, 3)] * 4  # as many entries as were asked for
+    for a, b in pieces:
+        a.add_(1), b.add_(2)
+    assert all((t[:, :3] == i + 1).all() and (t[:, 3:] == 0).all() for i, t in enumerate(whole))
+
+
 def test_placeholders_are_not_divided_by_a_largest_scale_of_zero():
     "The step of zero gradients at rates of zero, by which a checkpoint asks a new optimizer what it keeps."
     p = torch.nn.Parameter(torch.ones(3))
@@ -171,3 +190,85 @@ def test_placeholders_are_not_divided_by_a_largest_scale_of_zero():
     p.grad = torch.zeros(3)
     opt.step()
     assert torch.equal(p, torch.ones(3))
+
+
+def exact_scale(grad, eps):
+    "In double precision, and far from the ends of its range as well."
+    wide = grad.to(torch.complex128 if grad.is_complex() else torch.float64)
+    largest = wide.abs().max().item()
+    return gsnr(wide / largest, eps / largest).item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.complex64], ids=str)
+@pytest.mark.parametrize("n", [2, 33, 1000, 70000])
+def test_scales_of_gradients_of_any_size(dtype, n):
+    "Squares of 1e-23 vanish in float32, those of 1e-21 lose digits, those of 1e20 are infinite."
+    base = torch.randn(n, dtype=torch.float64) + 0.3
+    last = 300 if dtype == torch.float64 else 36
+    grads = [(base * 10.0**e).to(dtype) for e in (*range(-36, 37), -last, last)]
+    for eps in (1e-8, 1e-2):
+        expected = [exact_scale(grad, eps) for grad in grads]
+        assert measure_scales(grads, eps=eps, max_ratio=None) == pytest.approx(expected, rel=1e-6)
+
+
+def test_eps_is_in_the_unit_of_the_gradient_when_it_is_measured_again():
+    "Of a huge gradient, with an eps of a thousandth of its standard deviation or less."
+    grad = 1e30 * torch.randn(500)
+    for eps in (1e25, 1e26, 3e26):
+        (G,) = measure_scales([grad], eps=eps)
+        assert G == pytest.approx(exact_scale(grad, eps), rel=1e-6)
+        assert G == pytest.approx((grad.double().norm() / (grad.double().std() + eps)).item(), rel=1e-6)
+    tiny = 1e-30 * torch.randn(500)  # there eps counts as a thousandth of the root mean square
+    rms = tiny.double().norm() / math.sqrt(500)
+    expected = (tiny.double().norm() / (tiny.double().std() + 1e-3 * rms)).item()
+    assert measure_scales([tiny]) == pytest.approx([expected], rel=1e-6)
+
+
+def test_largest_entries():
+    grads = [
+        torch.tensor([1.0, -3.0, 2.0]),
+        torch.tensor([[3 + 4j, 0]]),
+        torch.zeros(0),
+        torch.zeros(()),
+        torch.tensor([-1e-45]),
+        torch.tensor([7.0], dtype=torch.bfloat16),
+    ]
+    assert _largest_entries(grads) == [3.0, 5.0, 0.0, 0.0, torch.tensor(1e-45).item(), 7.0]
+    for odd in (torch.tensor([1.0, math.nan]), torch.tensor([math.nan, -1.0]), torch.tensor([1.0, -math.inf])):
+        assert not math.isfinite(_largest_entries([odd])[0])
+    assert _largest_entries([]) == measure_scales([]) == []
+
+
+def test_each_group_is_measured_with_its_own_settings():
+    grads = [1e-3 * torch.randn(50), 1e-3 * torch.randn(50), torch.ones(50), torch.ones(50), torch.randn(50)]
+    params = [nn.Parameter(torch.zeros(50)) for _ in grads]
+    own = [dict(eps=1e-8), dict(eps=1e-6), dict(max_ratio=2.0), dict(max_ratio=3.0), dict(scale="sqrt_numel")]
+    opt = SGDSaI([{"params": [p]} | settings for p, settings in zip(params, own, strict=True)])
+    for p, g in zip(params, grads, strict=True):
+        p.grad = g
+    opt.step()
+    root = math.sqrt(50)
+    expected = [gsnr(grads[0], 1e-8).item(), gsnr(grads[1], 1e-6).item(), 2 * root, 3 * root, root]
+    assert [*opt.scales().values()] == pytest.approx(expected, rel=1e-6)
+    assert expected[1] != pytest.approx(gsnr(grads[1], 1e-8).item(), rel=1e-4)  # eps can be told
+
+
+@pytest.mark.parametrize(
+    "dtype, wide",
+    [
+        (torch.float64, torch.float64),
+        (torch.complex128, torch.float64),
+        (torch.complex64, torch.float32),
+        (torch.bfloat16, torch.float32),
+    ],
+    ids=str,
+)
+def test_scales_on_the_device_keep_the_digits_of_the_parameter(dtype, wide):
+    p = param(40, dtype=dtype)
+    p.grad = torch.randn(40).to(dtype)
+    opt = SGDSaI([p], capturable=True)
+    opt.step()
+    G = opt.state[p]["gsnr"]
+    assert G.dtype == wide and G.shape == ()
+    rel = 1e-14 if wide == torch.float64 else 1e-6
+    assert G.item() == pytest.approx(measure_scales([p.grad])[0], rel=rel)

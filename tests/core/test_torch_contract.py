@@ -1,11 +1,11 @@
-"""PyTorch's own optimizer checks, for SGDSaI, Adan and AdaHessian, in the files test_torch_*.py.
+"""PyTorch's own optimizer checks, for SGDSaI, Adan, AdaHessian and MuonSaI, in the files test_torch_*.py.
 
 They have the test names of PyTorch's test/test_optim.py (TestOptimRenewed) and of its tests of differentiable
 optimizers, and the inputs of torch.testing._internal.common_optimizers. Each check runs on the CPU, and on CUDA where
 there is one. What the checks have to know about an optimizer stands in a `Kind`, in torch_kinds.py. The test below
 looks whether every check of PyTorch has a counterpart.
 
-What is skipped or differs, and in brackets why. For all three:
+What is skipped or differs, and in brackets why. For all four:
 
 - test_rosenbrock_sparse: the error is checked (sparse gradients are refused by design: G is a statistic of the
   whole tensor, averages over time would be dense, and there is no sparse curvature)
@@ -18,6 +18,9 @@ What is skipped or differs, and in brackets why. For all three:
 - test_foreach_large_tensor: gradients are random instead of zero (with zero gradients nothing starts, or moves, so
   nothing would be tested)
 - capturable inputs: run on the CPU too (stricter: they are supported there)
+- test_can_load_older_state_dict, test_can_load_from_to_named_state_dict: the loss is a sum of squares, not of cubes
+  (which has no minimum: with the rates of these optimizers the gradients overflow within the check, and MuonSaI
+  refuses them)
 
 SGDSaI (SGD's own list has no skips outside of torch.compile's test mode):
 
@@ -54,7 +57,27 @@ AdaHessian:
   and imaginary part share a curvature is not defined)
 - test_grad_scaling_autocast_fused_optimizers: without unscale_ and clipping (refused, see test_adahessian.py)
 - the checks of the loss's direction: lr 0.02, eps 0.1, where the input gives none (one draw of signs can make a
-  curvature of next to nothing, and the steps of the default 0.15 are Newton's)"""
+  curvature of next to nothing, and the steps of the default 0.15 are Newton's)
+
+MuonSaI:
+
+- all: through `SortedMuonSaI`, which marks parameters of two or more dimensions as hidden matrices, and cuts groups
+  where matrices and others meet (MuonSaI is given a model or marked groups; without marks it raises, see
+  test_muon_groups.py)
+- test_tensor_lr_is_followed_when_it_changes: the lr of every group is changed, for all optimizers (a tensor lr is one
+  for all groups, as in PyTorch)
+- test_load_nontensor_step: parameters are vectors, for all optimizers (a matrix has no number in its state)
+- test_can_load_from_to_named_state_dict: names are compared over all groups (there are two)
+- test_deepcopy_copies_all_public_attrs: `sgd_sai_defaults` is copied as well (defaults of the second kind of group)
+- test_differentiable*, test_cuda_graph_equals_eager, capturable inputs, other dtypes of the state: the error is
+  checked, in test_errors (not offered)
+- test_complex, test_complex_2d: the error is checked, in test_errors (the orthogonal factor of a complex matrix is not
+  offered)
+- test_foreach_matches_forloop: as for SGDSaI; test_fused_*, test_mixed_device_dtype, test_defaults_changed_to_foreach:
+  none, and no inputs with `fused` (the flags are about the parameters that are no matrices, and reach the same kernels
+  as in SGDSaI; test_muon_matrices.py has a step with each)
+- test_load_state_dict_hooks_see_and_change_the_loaded_state: none (it loads into another dtype of the state)
+- the checks of the loss's direction: lr 1e-3, as for SGDSaI"""
 
 import re
 from pathlib import Path
@@ -62,7 +85,7 @@ from pathlib import Path
 import torch
 from torch.optim import Optimizer
 from torch_contract import contract, only_cpu
-from torch_kinds import ADAHESSIAN, ADAN, SGDSAI
+from torch_kinds import ADAHESSIAN, ADAN, MUONSAI, SGDSAI
 
 pytestmark = contract
 
@@ -87,6 +110,6 @@ def test_every_check_of_pytorch_has_a_counterpart_here(device):
     missing = [name for name in there if name not in here]
     assert (
         not missing
-        and all(isinstance(kind.cls([torch.ones(1)]), Optimizer) for kind in (SGDSAI, ADAN, ADAHESSIAN))
+        and all(isinstance(kind.cls([torch.ones(1)]), Optimizer) for kind in (SGDSAI, ADAN, ADAHESSIAN, MUONSAI))
         and re.match(r"\d+\.\d+", torch.__version__)
     )

@@ -49,7 +49,7 @@ DIFFERENTIABLE = [
 )
 @only_cpu
 def test_differentiable(kind, device, kwargs):
-    keys = [key for key in kind.states(kwargs) if key != kind.number]
+    keys = [key for key in kind.states(kwargs, 1) if key != kind.number]
     number = 3.0 if kind is SGDSAI else torch.tensor(3.0)
 
     def f(p, grad, *rest):

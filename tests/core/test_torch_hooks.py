@@ -6,7 +6,7 @@ import torch
 from torch.nn import Parameter
 from torch.optim import SGD
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from torch_contract import contract, each_device, each_kind
+from torch_contract import contract, each_device, each_kind, with_state_dtype
 
 pytestmark = contract
 
@@ -106,7 +106,7 @@ def test_load_state_dict_pre_post_hook(kind, device):
         assert opt.state["ran_load_state_dict_pre_hook2"] and opt.state["ran_load_state_dict_post_hook"]
 
 
-@each_kind
+@with_state_dtype
 @each_device
 def test_load_state_dict_hooks_see_and_change_the_loaded_state(kind, device):
     p = Parameter(torch.randn(4, 3, device=device).bfloat16())

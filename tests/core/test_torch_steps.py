@@ -97,7 +97,8 @@ def test_tensor_lr_is_followed_when_it_changes(kind, device, with_lrsched):
             opts[0].step(), opts[1].step()
             step_schedulers(schedulers, None)
             if not with_lrsched:
-                opts[0].param_groups[0]["lr"] *= 0.5
+                for group in opts[0].param_groups:
+                    group["lr"] *= 0.5
                 lr.mul_(0.5)
             CHECK.assertEqual([weight, bias], twins)
         assert opts[1].param_groups[0]["lr"] is lr and lr.item() == pytest.approx(1e-3 / 16)
@@ -137,4 +138,4 @@ def test_non_empty_state(kind, device):
         kind.backward(model(torch.rand(2, 5, device=device)).square().sum())
         opt.step()
         for p in model.parameters():
-            assert set(opt.state[p]) == kind.states(given.kwargs)
+            assert set(opt.state[p]) == kind.states(given.kwargs, p.ndim)

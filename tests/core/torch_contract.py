@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import Parameter
 from torch.testing._internal.common_utils import TestCase
-from torch_kinds import ADAHESSIAN, ADAN, SGDSAI
+from torch_kinds import ADAHESSIAN, ADAN, MUONSAI, SGDSAI
 
 contract = [
     pytest.mark.usefixtures("seeded", "kernels_for_small_tensors_too"),
@@ -36,10 +36,16 @@ def kinds(*chosen):
     return pytest.mark.parametrize("kind", chosen, ids=lambda kind: kind.cls.__name__)
 
 
-each_kind = kinds(SGDSAI, ADAN, ADAHESSIAN)
+each_kind = kinds(SGDSAI, ADAN, ADAHESSIAN, MUONSAI)
+
+
+with_state_dtype = kinds(SGDSAI, ADAN, ADAHESSIAN)
 
 
 with_foreach = kinds(SGDSAI, ADAN)
+
+
+with_foreach_or_partly = kinds(SGDSAI, ADAN, MUONSAI)  # for all parameters, or for those that are no matrices
 
 
 def problem(kind, device, dtype=torch.float32, contiguous=True, bias_device=None):

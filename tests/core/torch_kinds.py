@@ -1,6 +1,8 @@
 "What the tests of PyTorch's contract have to know about each optimizer: a `Kind` with its settings, errors and state."
 
+import functools
 import inspect
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -19,10 +21,11 @@ from torch.testing._internal.common_optimizers import (
 )
 
 import sgd_sai.adahessian
-import sgd_sai.adan
+import sgd_sai.adan_kernels
 import sgd_sai.kernels
 from sgd_sai.adahessian import AdaHessian
 from sgd_sai.adan import Adan
+from sgd_sai.muon_sai import MuonSaI
 from sgd_sai.sgd_sai import SGD_sai, SGDSaI
 
 
@@ -39,12 +42,14 @@ class Kind:
     gentle: dict  # for small steep problems, where the input says nothing else
     number: str  # entry of the state that files may hold as a number or as a tensor
     average: str  # entry of the state that is a tensor of the parameter's shape
-    states: Callable  # keyword arguments -> the entries of the state after a step
+    states: Callable  # keyword arguments, number of dimensions -> the entries of the state after a step
     loop: dict = field(default_factory=dict)  # flags that choose the plain loop
     flags: tuple = ()  # flags that choose other implementations
     supports: tuple = ()  # foreach, differentiable, fused
     capturable: bool = False
     create_graph: bool = False
+    state_dtype: bool = True  # averages may have another dtype than parameters
+    attributes: frozenset = frozenset()  # public ones besides those of every optimizer
 
     def optim_inputs(self, device, dtype=None):
         return [OptimizerInput(params=None, kwargs=kwargs, desc=desc) for desc, kwargs in self.table().items()]
@@ -127,7 +132,7 @@ class Kind:
                 error("Invalid learning rate: nan", lr=float("nan")),
                 error("Invalid weight_decay value: -1", weight_decay=-1),
                 error("Invalid epsilon value: -1e-08", eps=-1e-8),
-                error("Invalid state_dtype value: torch.int32", state_dtype=torch.int32),
+                *([error("Invalid state_dtype value: torch.int32", state_dtype=torch.int32)] * self.state_dtype),
                 error(
                     "Invalid weight_decay value: -2",
                     params=[{"params": [infinite]}, {"params": [sparse], "weight_decay": -2}],
@@ -275,7 +280,7 @@ SGDSAI = Kind(
     gentle=dict(lr=1e-3),
     number="gsnr",
     average="momentum_buffer",
-    states=lambda kwargs: {"gsnr"} if kwargs.get("momentum") == 0 else {"gsnr", "momentum_buffer"},
+    states=lambda kwargs, ndim: {"gsnr"} if kwargs.get("momentum") == 0 else {"gsnr", "momentum_buffer"},
     loop=dict(foreach=False, fused=False),
     flags=({}, dict(foreach=True), dict(fused=True), dict(capturable=True), dict(capturable=True, foreach=True)),
     supports=("foreach", "differentiable", "fused"),
@@ -285,7 +290,7 @@ SGDSAI = Kind(
 
 ADAN = Kind(
     Adan,
-    sgd_sai.adan,
+    sgd_sai.adan_kernels,
     adan_table,
     adan_errors,
     like=AdamW,
@@ -293,7 +298,7 @@ ADAN = Kind(
     gentle=dict(lr=1e-3),
     number="step",
     average="exp_avg",
-    states=lambda kwargs: (
+    states=lambda kwargs, ndim: (
         {"step", "exp_avg", "exp_avg_diff", "exp_avg_sq", "neg_pre_grad"}
         | ({"path"} if "restart_radius" in kwargs else set())
     ),
@@ -314,6 +319,82 @@ ADAHESSIAN = Kind(
     gentle=dict(lr=0.02, eps=0.1),
     number="step",
     average="exp_avg",
-    states=lambda kwargs: {"step", "hessian_step", "exp_avg", "exp_hessian_diag_sq"},
+    states=lambda kwargs, ndim: {"step", "hessian_step", "exp_avg", "exp_hessian_diag_sq"},
     create_graph=True,
+)
+
+
+def by_dimension(params):
+    "Groups for MuonSaI of parameters, or groups, that nobody has marked: real matrices, and all else, in their order."
+    if isinstance(params, torch.Tensor):
+        return params
+    params = list(params)
+    groups = params if any(isinstance(p, dict) for p in params) else [{"params": params}]
+    marked = []
+    for group in groups:
+        given = [group["params"]] if isinstance(group["params"], torch.Tensor) else group["params"]
+        for is_matrix, run in itertools.groupby(given, lambda p: (p[1] if isinstance(p, tuple) else p).ndim >= 2):
+            marked.append({**group, "params": list(run), "muon": is_matrix})
+    return marked
+
+
+class SortedMuonSaI(MuonSaI):
+    "MuonSaI as the checks build optimizers: from parameters, or from groups without marks."
+
+    @functools.wraps(MuonSaI.__init__)
+    def __init__(self, params, *args, **kwargs):
+        super().__init__(by_dimension(params), *args, **kwargs)
+
+
+def muonsai_table():
+    "Those of Muon where they exist here, and those of SGDSaI that are offered."
+    return {
+        "default": {},
+        "non-default lr": dict(lr=2e-3),
+        "tensor lr": dict(lr=torch.tensor(0.001)),
+        "non-zero weight_decay": dict(weight_decay=0.5),
+        "no weight_decay": dict(weight_decay=0.0),
+        "no momentum": dict(momentum=0.0, nesterov=False),
+        "momentum": dict(momentum=0.5),
+        "maximize": dict(weight_decay=0.1, maximize=True),
+        "not nesterov": dict(nesterov=False, weight_decay=0.1),
+        "sqrt_numel": dict(scale="sqrt_numel", weight_decay=0.0),
+        "max_ratio": dict(max_ratio=None),
+        "eps": dict(eps=1e-4),
+    }
+
+
+def muonsai_errors(error, infinite):
+    return [
+        error("Invalid momentum value: -0.5", momentum=-0.5),
+        error("Invalid momentum value: 1.0", sai_momentum=1.0),
+        error("Invalid learning rate: -0.1", sai_lr=-0.1),
+        error("Nesterov momentum requires a momentum", momentum=0),
+        error("Invalid scale: 'sqrt'", scale="sqrt"),
+        error("Invalid max_ratio value: 0.5", max_ratio=0.5),
+        error("`fused` and `foreach` cannot be `True` together", RuntimeError, fused=True, foreach=True),
+        error("has to consist of real matrices", params=[torch.zeros(2, 2, dtype=torch.complex64)]),
+        error("unexpected keyword argument 'state_dtype'", TypeError, state_dtype=torch.bfloat16),
+        error("unexpected keyword argument 'capturable'", TypeError, capturable=True),
+        error("unexpected keyword argument 'differentiable'", TypeError, differentiable=True),
+        error("is not finite", RuntimeError, [infinite], OptimizerErrorEnum.STEP_ERROR),
+    ]
+
+
+MUONSAI = Kind(
+    SortedMuonSaI,
+    sgd_sai.kernels,
+    muonsai_table,
+    muonsai_errors,
+    like=SGD,
+    released=("params", "lr", "sai_lr", "weight_decay", "momentum", "sai_momentum", "nesterov", "matrices", "eps"),
+    gentle=dict(lr=1e-3),
+    number="gsnr",
+    average="momentum_buffer",
+    states=lambda kwargs, ndim: {"momentum_buffer"} if ndim >= 2 else {"gsnr", "momentum_buffer"},
+    loop=dict(foreach=False, fused=False),
+    flags=({},),
+    supports=("foreach",),
+    state_dtype=False,
+    attributes=frozenset({"sgd_sai_defaults"}),
 )

@@ -14,6 +14,8 @@ import pytest
 import torch
 from one_process_ways import ONE_PROCESS, measure_one
 
+from sgd_sai.gsnr import gsnr
+
 HALF = 2e-3  # where a forward pass rounds to sixteen bits, which multiplies the last digit
 
 
@@ -74,14 +76,15 @@ def test_several_processes(four_processes, record_way):
 
 def other_checks(ranks):
     for found in ranks:
-        # one all-reduce in the first step for each dimension of the mesh along which tensors are sharded, none
-        # afterwards; with FSDP1 one more, for what others may have loaded
+        # in the first step, for each dimension of the mesh along which tensors are sharded, one all-gather that
+        # compares the parameters, and two all-reduces of sums and of largest entries; with two dimensions one message
+        # more for each, that passes errors on; with FSDP1 one more, for what others may have loaded; none afterwards
         assert found["messages"] == {
-            "FSDP2": [1, 0],
-            "hybrid": [1, 0],
-            "tensor parallel and FSDP2": [2, 0],
+            "FSDP2": [3, 0],
+            "hybrid": [3, 0],
+            "tensor parallel and FSDP2": [8, 0],
             "DDP": [0, 0],
-            "FSDP1": [2, 0],
+            "FSDP1": [4, 0],
         }
         assert (
             found["not finite"][0].startswith("the first gradient of embed.weight is not finite")
@@ -96,6 +99,12 @@ def other_checks(ranks):
             "a flat partition (ZeRO) in place of parameters" in said["partition"] and "whole matrices" in said["muon"]
         )
         assert found["asked"] is True
+        said, scales = found["one rank differs"]
+        assert "the optimizers of the processes do not hold the same parameters" in said
+        torch.manual_seed(0)
+        assert scales == pytest.approx(
+            dict.fromkeys(("by rows", "by columns"), gsnr(torch.randn(6, 6)).item()), rel=1e-6
+        )
         for difference, same_scales in found["other numbers"].values():
             assert difference < 1e-6 and same_scales
         assert found["Muon, FSDP2"] < 1e-5 and found["Muon, both"] < 1e-5

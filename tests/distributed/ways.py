@@ -542,6 +542,31 @@ def train_on(way, model, opt, first, steps):
     return losses
 
 
+def one_rank_differs(rank):
+    """In a mesh of 2 x 2, what every process says if one of them has another order; and scales of tensors that are
+    sharded along one dimension each, which stand in another order in two processes: that is no difference.
+
+    If each took its groups in the order of its tensors, all four would wait for each other."""
+    way = TensorAndData(rank)
+    model = way.wrap(Net())
+    pairs = list(model.named_parameters())
+    opt = SGDSaI(pairs[::-1] if rank == 3 else pairs)
+    way.loss(model, Net.batch(0), False)
+    said = error_of(opt.step)
+
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh = next(p.device_mesh for _, p in pairs if p.device_mesh.ndim == 2)
+    each = {}
+    for name, placements in (("by rows", [Shard(0), Replicate()]), ("by columns", [Replicate(), Shard(1)])):
+        torch.manual_seed(0)
+        each[name] = nn.Parameter(distribute_tensor(torch.randn(6, 6), mesh, placements))
+        each[name].grad = each[name].detach().clone()
+    opt = SGDSaI(list(each.items())[:: -1 if rank in (1, 2) else 1])
+    opt.step()
+    return said, opt.scales()
+
+
 def other_numbers(rank, folder):
     """State of four processes in two, in one, and the other way round.
 
@@ -655,6 +680,7 @@ def checks(rank, folder):
         },
         "not finite": not_finite(rank),
         "refusals": refusals(rank),
+        "one rank differs": one_rank_differs(rank),
         "other numbers": other_numbers(rank, folder),
         "asked": asked_before_training(rank),
         "Muon, FSDP2": same_as_alone(Sharded(rank), MuonSaI),

@@ -99,7 +99,7 @@ def test_errors_of_the_program_itself_are_not_hidden():
 
 
 def test_settings_and_names():
-    assert options.parse_settings(["a.lr=1e-3", "a.scale=sqrt_numel"]) == {"a": {"lr": 1e-3, "scale": "sqrt_numel"}}
+    assert options.parse_settings(["a.lr=1e-3", "a.scale=sqrt_numel"]) == {"a": {"lr": "1e-3", "scale": "sqrt_numel"}}
     assert options.split_names(" a,b ,,") == ["a", "b"]
     for wrong in ("lr=1", "a.lr", ".lr=1", "a.=1"):
         with pytest.raises(options.UsageError, match="is no setting"):

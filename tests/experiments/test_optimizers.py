@@ -11,14 +11,15 @@ from torch import nn
 from sgd_sai.benchmarks.state_bytes import memory_table, real_state, state_size
 from sgd_sai.benchmarks.step_time import build_for_benchmark, choose, measure_speed
 from sgd_sai.experiments import optimizers
+from sgd_sai.experiments.choices import TRAINING_NAMES, optimizer_help
 from sgd_sai.experiments.errors import UsageError
+from sgd_sai.experiments.optimizer_entries import ENTRIES
 from sgd_sai.experiments.optimizer_entry import OptimizerEntry, build_from_named, entry_names, traffic_bytes
 from sgd_sai.experiments.optimizers import (
     OPTIMIZERS,
     USES,
     build_optimizer,
     get_optimizer,
-    optimizer_help,
     optimizer_names,
     optimizer_style,
     register_optimizer,
@@ -40,7 +41,7 @@ STATE = """
 BENCHMARK = """
     sgd-fused sgd-foreach sgd-loop sgd-compiled sgd-plain adamw-fused adamw-foreach adamw-loop sgd_sai sgd_sai-fused
     sgd_sai-foreach sgd_sai-loop sgd_sai-compiled sgd_sai-plain sgd_sai-bf16 sgd_sai-int8 authors po-sgdsai adam-mini
-    prodigy adan adahessian
+    prodigy adan adahessian muon_sai
 """.split()
 STYLES = {  # of the optimizers in results/
     "sgd_sai": ("SGD-SaI", "#C2410C", "-"),
@@ -118,7 +119,12 @@ def test_labels_are_unique_in_every_list(use):
     entries = [get_optimizer(name) for name in optimizer_names(use)]
     labels = [entry.benchmark.label if use == "benchmark" else entry.label for entry in entries]
     assert len(set(labels)) == len(labels) > 0
-    assert all(name in optimizer_help(use) for name in optimizer_names(use))
+
+
+def test_names_of_the_help_are_those_of_the_registry():
+    "They are written down a second time, so that help does not wait for PyTorch."
+    built_in = [entry.name for entry in ENTRIES if "training" in entry.uses]
+    assert list(TRAINING_NAMES) == built_in and all(name in optimizer_help() for name in built_in)
 
 
 def test_names_and_labels_of_entries_are_unique():

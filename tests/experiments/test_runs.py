@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+from run_files import outcome
 from typer.testing import CliRunner
 
 import sgd_sai.experiments.pack as packing
@@ -33,7 +34,7 @@ SPECS = [replace(SPEC, seed=seed) for seed in range(3)]
 
 def saved(folder, specs=SPECS):
     "The texts of run files with numbers that need all their digits."
-    paths = [save_run(folder, spec, {"final": {"val_loss": (spec.seed + 1) / 3}, "empty": None}) for spec in specs]
+    paths = [save_run(folder, spec, outcome((spec.seed + 1) / 3, empty=None)) for spec in specs]
     return {path: path.read_text() for path in paths}
 
 
@@ -73,15 +74,15 @@ def test_files_come_back_byte_for_byte(tmp_path):
 def test_a_file_of_its_own_counts_before_a_line_and_replaces_it(tmp_path):
     saved(tmp_path)
     pack_runs(tmp_path)
-    save_run(tmp_path, SPEC, {"final": "again"})
+    save_run(tmp_path, SPEC, outcome(0.125))
     assert (
-        load_run(tmp_path, SPEC)["final"] == "again"
-        and [run["final"] for run in load_runs(tmp_path)].count("again") == 1
+        load_run(tmp_path, SPEC)["final"]["val_loss"] == 0.125
+        and [run["final"]["val_loss"] for run in load_runs(tmp_path)].count(0.125) == 1
     )
     for place in (run_path(tmp_path, SPEC), f"{tmp_path}/digits-vit.jsonl#{SPEC.key}"):
-        assert read_run(place)["final"] == "again"
+        assert read_run(place)["final"]["val_loss"] == 0.125
     pack_runs(tmp_path)
-    assert load_run(tmp_path, SPEC)["final"] == "again" and len(load_runs(tmp_path)) == 3
+    assert load_run(tmp_path, SPEC)["final"]["val_loss"] == 0.125 and len(load_runs(tmp_path)) == 3
 
 
 def test_a_file_that_cannot_be_read_does_not_hide_its_line(tmp_path):
@@ -112,14 +113,14 @@ def test_a_claimed_run_and_one_that_changes_meanwhile_stay_files(tmp_path, monke
     write = packing.write_text
 
     def slow(path, text):
-        save_run(tmp_path, SPECS[1], {"final": "newer"})  # by another process, after this one has read it
+        save_run(tmp_path, SPECS[1], outcome(0.125))  # by another process, after this one has read it
         return write(path, text)
 
     monkeypatch.setattr(packing, "write_text", slow)
     with run_lock(tmp_path, SPECS[0]):
         pack_runs(tmp_path)
     left = {path.stem for path in tmp_path.glob("digits-vit/*.json")}
-    assert left == {SPECS[0].key, SPECS[1].key} and load_run(tmp_path, SPECS[1])["final"] == "newer"
+    assert left == {SPECS[0].key, SPECS[1].key} and load_run(tmp_path, SPECS[1])["final"]["val_loss"] == 0.125
 
 
 def test_a_pack_that_is_killed_loses_and_doubles_nothing(tmp_path, monkeypatch):
@@ -141,7 +142,7 @@ def test_a_broken_line_is_refused_before_anything_changes(tmp_path, line):
     pack_runs(tmp_path)
     packed = packed_path(tmp_path, "digits-vit")
     packed.write_text(packed.read_text() + line + "\n")
-    save_run(tmp_path, replace(SPEC, seed=9), {})
+    save_run(tmp_path, replace(SPEC, seed=9), outcome())
     text = packed.read_text()
     for change in (pack_runs, unpack_runs):
         with pytest.raises(UsageError, match="a line that is no run"):
@@ -187,7 +188,8 @@ def test_a_sweep_goes_on_from_packed_runs_and_a_packed_run_is_repeated(tmp_path)
 def test_runs_of_another_format_are_none(tmp_path):
     path = packed_path(tmp_path, "digits-vit")
     path.write_text(json.dumps({"schema": 0, "key": SPEC.key, **asdict(SPEC)}) + "\n")
-    assert load_run(tmp_path, SPEC) is None and load_runs(tmp_path) == []
+    with pytest.warns(UserWarning, match="its schema is 0, not 1"):
+        assert load_run(tmp_path, SPEC) is None and load_runs(tmp_path) == []
 
 
 # --- spread -----------------------------------------------------------------------------------------------------------
