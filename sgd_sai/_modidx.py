@@ -3010,6 +3010,18 @@ d = {
             )
         },
         "sgd_sai.internals.loading": {
+            "sgd_sai.internals.loading.DescribedState": (
+                "internals/loading.html#describedstate",
+                "sgd_sai/internals/loading.py",
+            ),
+            "sgd_sai.internals.loading.DescribedState.missing_entry": (
+                "internals/loading.html#describedstate.missing_entry",
+                "sgd_sai/internals/loading.py",
+            ),
+            "sgd_sai.internals.loading.DescribedState.state_shapes": (
+                "internals/loading.html#describedstate.state_shapes",
+                "sgd_sai/internals/loading.py",
+            ),
             "sgd_sai.internals.loading.LoadingOptimizer": (
                 "internals/loading.html#loadingoptimizer",
                 "sgd_sai/internals/loading.py",
@@ -3026,20 +3038,12 @@ d = {
                 "internals/loading.html#loadingoptimizer.load_state_dict",
                 "sgd_sai/internals/loading.py",
             ),
-            "sgd_sai.internals.loading.LoadingOptimizer.missing_entry": (
-                "internals/loading.html#loadingoptimizer.missing_entry",
-                "sgd_sai/internals/loading.py",
-            ),
             "sgd_sai.internals.loading.LoadingOptimizer.restored": (
                 "internals/loading.html#loadingoptimizer.restored",
                 "sgd_sai/internals/loading.py",
             ),
             "sgd_sai.internals.loading.LoadingOptimizer.restored_state": (
                 "internals/loading.html#loadingoptimizer.restored_state",
-                "sgd_sai/internals/loading.py",
-            ),
-            "sgd_sai.internals.loading.LoadingOptimizer.state_shapes": (
-                "internals/loading.html#loadingoptimizer.state_shapes",
                 "sgd_sai/internals/loading.py",
             ),
             "sgd_sai.internals.loading._checked_group": (
@@ -3074,10 +3078,6 @@ d = {
             "sgd_sai.internals.loading.plan_load": ("internals/loading.html#plan_load", "sgd_sai/internals/loading.py"),
             "sgd_sai.internals.loading.state_error": (
                 "internals/loading.html#state_error",
-                "sgd_sai/internals/loading.py",
-            ),
-            "sgd_sai.internals.loading.warn_of_checkpoint": (
-                "internals/loading.html#warn_of_checkpoint",
                 "sgd_sai/internals/loading.py",
             ),
         },
@@ -3139,6 +3139,10 @@ d = {
             ),
             "sgd_sai.internals.options.parse_options": (
                 "internals/options.html#parse_options",
+                "sgd_sai/internals/options.py",
+            ),
+            "sgd_sai.internals.options.warn_caller": (
+                "internals/options.html#warn_caller",
                 "sgd_sai/internals/options.py",
             ),
         },

@@ -6,7 +6,6 @@
 __all__ = ["adahessian_reference", "check_adahessian", "AdaHessian"]
 
 # %% ../nbs/optimizers/adahessian.ipynb #713275e9
-import warnings
 from functools import partial
 from typing import Callable
 
@@ -34,7 +33,7 @@ from .gradient_graphs import WatchingOptimizer, check_graphs, drop_graphs
 from .internals.chunks import all_full_precision, in_float32
 from .internals.loading import check_shapes
 from .internals.names import listed
-from .internals.options import check_betas, check_lr, check_range
+from .internals.options import check_betas, check_lr, check_range, warn_caller
 from .internals.sharding import check_same_in_group, is_fsdp1_flat_param, is_fsdp1_shard, is_sharded
 
 
@@ -232,10 +231,9 @@ def _estimate_curvature(
     except FloatingPointError as e:
         if getattr(self, "found_inf", None) is None:
             raise
-        warnings.warn(
+        warn_caller(
             f"{e}. The step was skipped, but the GradScaler has not seen it; "
-            "if that goes on, give it a smaller init_scale",
-            stacklevel=4,
+            "if that goes on, give it a smaller init_scale"
         )
         return None
 

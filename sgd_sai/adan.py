@@ -30,8 +30,8 @@ from sgd_sai.internals.sharding import (
 )
 
 from .adan_kernels import adan_factors, step_adan_tensors
-from .internals.loading import check_shapes, warn_of_checkpoint
-from .internals.options import check_betas, check_lr, check_range
+from .internals.loading import check_shapes
+from .internals.options import check_betas, check_lr, check_range, warn_caller
 
 
 # %% ../nbs/optimizers/adan.ipynb #34d71fd8
@@ -198,7 +198,7 @@ def _converted(self: "Adan", checkpoint: dict) -> dict:
         t, max_norm = group.pop("step", None), group.pop("max_grad_norm", 0)
         group.pop("fused", None)
         if max_norm:
-            warn_of_checkpoint(
+            warn_caller(
                 f"this checkpoint was clipping gradients at norm {max_norm}: "
                 "call torch.nn.utils.clip_grad_norm_ before step to go on doing so"
             )

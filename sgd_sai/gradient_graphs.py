@@ -19,7 +19,6 @@ __all__ = [
 ]
 
 # %% ../nbs/optimizers/gradient_graphs.ipynb #725ad57f
-import warnings
 import weakref
 from functools import partial
 
@@ -41,6 +40,7 @@ from sgd_sai.internals.backward_passes import (
 from .hutchinson import CHANGED_SINCE, NO_SECOND_DERIVATIVE
 from .internals.base import AveragingOptimizer, BaseOptimizer
 from .internals.names import listed
+from .internals.options import warn_caller
 
 # %% ../nbs/optimizers/gradient_graphs.ipynb #45bd87ea
 WITH_GRAPH, CONSTANT = "with its graph", "constant"  # all of it came from backward passes that keep graphs
@@ -214,10 +214,9 @@ def check_graphs(
     constant = [p for p in params if not p.grad.requires_grad and p not in notes.warned and p.grad.any()]
     if constant:
         notes.warned.update(constant)
-        warnings.warn(
+        warn_caller(
             f"the gradient of {listed([opt.name_of(p) for p in constant])} is constant: no parameter came into it. "
-            "So the curvature is zero, and eps alone limits the step. Another optimizer suits such a parameter better",
-            stacklevel=2,
+            "So the curvature is zero, and eps alone limits the step. Another optimizer suits such a parameter better"
         )
 
 

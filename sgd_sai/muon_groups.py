@@ -8,14 +8,13 @@ __all__ = ["hidden_matrices", "muon_groups", "read_mark", "as_muon_groups", "rat
 # %% ../nbs/optimizers/muon_groups.ipynb #9ab44b4d
 import difflib
 import math
-import warnings
 from typing import Callable
 
 import torch
 from torch import nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from .internals.options import check_lr, parse_option
+from .internals.options import check_lr, parse_option, warn_caller
 
 
 # %% ../nbs/optimizers/muon_groups.ipynb #989c1da4
@@ -136,10 +135,9 @@ _TWO_WAYS = 'give it the model, or groups that say it, such as {"params": [...],
 def _checked_groups(model: nn.Module, groups: list[dict], cls: str) -> list[dict]:
     "The groups of a model, with a warning if it has no hidden matrix."
     if groups and not any(group["muon"] for group in groups):
-        warnings.warn(
+        warn_caller(
             f"{type(model).__name__} has no hidden matrix that requires a gradient, so {cls} runs without Muon; "
-            "`matrices=` says which parameters are hidden matrices",
-            stacklevel=4,
+            "`matrices=` says which parameters are hidden matrices"
         )
     return groups
 

@@ -6,7 +6,6 @@
 __all__ = ["NOT_OFFERED", "SAI_LR_FACTOR", "check_muon_sai", "MuonSaI"]
 
 # %% ../nbs/optimizers/muon_sai.ipynb #02ad5e84
-import warnings
 from typing import Callable
 
 from torch import Tensor
@@ -14,7 +13,7 @@ from torch.optim.optimizer import _use_grad_for_differentiable
 
 from .init_scales import collect_grads
 from .internals.base import closure_loss
-from .internals.options import check_betas, check_range, parse_option, parse_options
+from .internals.options import check_betas, check_range, parse_option, parse_options, warn_caller
 from .internals.sharding import is_fsdp1_shard
 from .kernels import step_groups
 from .muon_groups import as_muon_groups, rate_of_others, read_mark, with_defaults
@@ -74,11 +73,10 @@ def _of_adam(group: dict) -> dict:
     betas = parse_option("betas", group["betas"])
     check_betas(betas, 2)
     rate = f"its lr of {float(group['lr'])}" if "lr" in group else "the rate"
-    warnings.warn(
+    warn_caller(
         f"a group with betas={betas} was written for Adam, and MuonSaI steps it by SGD-SaI: the momentum is "
         f"{betas[0]}, the second of them has no counterpart, and {rate} is used as it is. The rate of SGD-SaI is about "
-        f"ten times that of Adam: leave lr out for {SAI_LR_FACTOR} times the lr of the matrices",
-        stacklevel=7,  # the caller of MuonSaI
+        f"ten times that of Adam: leave lr out for {SAI_LR_FACTOR} times the lr of the matrices"
     )
     return {"momentum": betas[0]} | {key: value for key, value in group.items() if key != "betas"}
 
@@ -91,7 +89,7 @@ def _add_param_group(self: "MuonSaI", param_group: dict):  # as in PyTorch
         group = with_defaults(_of_adam(group) if "betas" in group else group, self.sgd_sai_defaults)
     ScaledOptimizer.add_param_group(self, group)
     if not is_marked and any(p.ndim > 1 for p in self.param_groups[-1]["params"]):
-        warnings.warn("a group that says neither muon=True nor muon=False is stepped by SGD-SaI", stacklevel=2)
+        warn_caller("a group that says neither muon=True nor muon=False is stepped by SGD-SaI")
 
 
 def _is_own_group(group: dict) -> bool:  # of a checkpoint

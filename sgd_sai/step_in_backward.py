@@ -23,7 +23,6 @@ from sgd_sai.internals.backward_passes import (
     running_roots,
 )
 
-from .internals.loading import check_shapes
 from .kernels import step_groups
 from .sgd_sai import SGDSaI
 
@@ -118,7 +117,6 @@ def check_in_backward(optimizer: torch.optim.Optimizer):
 def _step_param(optimizer: SGDSaI, p: Tensor, group: dict):
     "The step of one parameter. Raises `RuntimeError` for a sparse gradient, or a state that does not fit."
     entries = [(q, q.grad, optimizer.state.get(q)) for q in optimizer.with_grad({"params": [p]})]
-    check_shapes(optimizer, group, [p])
     step_groups(optimizer, [(group, entries)])
     increment_version(p)  # fused kernels do not: a second backward pass over this graph has to be an error
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..internals.base import closure_loss, lr_of, params_with_grad
-from ..internals.loading import LoadingOptimizer
+from ..internals.loading import DescribedState
 from ..muon_groups import as_muon_groups, rate_of_others, with_defaults
 from ..muon_step import check_matrices, step_matrices
 
@@ -22,7 +22,7 @@ def _state_shapes(self: "MuonAdamW", p: Tensor, group: dict) -> dict:
 
 
 # %% ../../nbs/experiments/muon_adamw.ipynb #ee2a0ff3
-class MuonAdamW(torch.optim.AdamW):
+class MuonAdamW(DescribedState, torch.optim.AdamW):
     "Muon on the hidden matrices of a model, AdamW on everything else. Raises as `as_muon_groups` and `check_matrices`."
 
     def __init__(
@@ -40,7 +40,7 @@ class MuonAdamW(torch.optim.AdamW):
         groups = [with_defaults(group, matrices if group["muon"] else others) for group in groups]
         super().__init__(groups, lr, betas, weight_decay=weight_decay, fused=True)
 
-    eight_bit_state, missing_entry, state_shapes = (), LoadingOptimizer.missing_entry, _state_shapes
+    state_shapes = _state_shapes
 
     def step(self, closure=None):
         "One step: PyTorch's for the groups that are not matrices, then Muon's for the matrices."

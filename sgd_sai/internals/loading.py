@@ -9,15 +9,13 @@ __all__ = [
     "state_error",
     "check_shapes",
     "check_own",
-    "warn_of_checkpoint",
     "plan_load",
     "load_exactly",
+    "DescribedState",
     "LoadingOptimizer",
 ]
 
 # %% ../../nbs/internals/loading.ipynb #3cbd7ffc
-import sys
-import warnings
 from typing import Callable, Iterable
 
 import torch
@@ -26,7 +24,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from .names import matching_order, name_of_param
-from .options import parse_options
+from .options import parse_options, warn_caller
 from .sharding import distribute_like
 
 
@@ -41,7 +39,7 @@ def _shape_error(key: str, value: Tensor, shape: torch.Size, p: Tensor) -> str |
 
 
 def kind_error(
-    opt: Optimizer,  # with eight_bit_state
+    opt: Optimizer,  # a `DescribedState`
     p: Tensor,  # one of its parameters
     key: str,  # of a state entry
     value,  # the entry, which has one number for each entry of p, or for several of them
@@ -59,7 +57,7 @@ def kind_error(
 
 # %% ../../nbs/internals/loading.ipynb #91bcd620
 def state_error(
-    opt: Optimizer,  # with state_shapes
+    opt: Optimizer,  # a `DescribedState`
     p: Tensor,  # one of its parameters
     group: dict,  # its group, or what it is going to be
     state: dict,  # of p
@@ -78,7 +76,7 @@ def state_error(
 
 # %% ../../nbs/internals/loading.ipynb #fe83b14e
 def check_shapes(
-    opt: Optimizer,  # with state_shapes
+    opt: Optimizer,  # a `DescribedState`
     group: dict,  # one of its groups
     params: Iterable[Tensor],  # parameters of this group that are about to step
 ):
@@ -132,16 +130,6 @@ def check_own(
 
 
 # %% ../../nbs/internals/loading.ipynb #fbfe7115
-def warn_of_checkpoint(
-    message: str,
-):
-    "A warning that points at the line which loads, outside this package and PyTorch."
-    level, frame = 1, sys._getframe()
-    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("sgd_sai", "torch"):
-        level, frame = level + 1, frame.f_back
-    warnings.warn(message, stacklevel=level)
-
-
 def _in_own_order(opt: Optimizer, checkpoint: dict) -> list[dict]:
     "The groups of the checkpoint with the saved numbers, and the names, of the parameters that this optimizer has."
     groups = checkpoint["param_groups"]
@@ -153,7 +141,7 @@ def _in_own_order(opt: Optimizer, checkpoint: dict) -> list[dict]:
         told = matching_order(names, saved_names)
         if told is None:
             here, there = next((a, b) for a, b in zip(names, saved_names, strict=True) if a != b)
-            warn_of_checkpoint(
+            warn_caller(
                 f"the names in this checkpoint do not tell which parameter is which ({there!r} there, {here!r} here): "
                 "its state is taken by position"
             )
@@ -241,9 +229,9 @@ def load_exactly(
             hook.remove()
 
 
-# %% ../../nbs/internals/loading.ipynb #271902e8
-class LoadingOptimizer(Optimizer):
-    "An `Optimizer` that loads state without loss, all or nothing; subclasses have a method `check(group)`."
+# %% ../../nbs/internals/loading.ipynb #cb38a881
+class DescribedState:
+    "What an optimizer says about the state of its parameters, for `state_error` and `check_shapes`."
 
     eight_bit_state = ()  # state entries that may consist of eight-bit codes
 
@@ -254,6 +242,11 @@ class LoadingOptimizer(Optimizer):
     def missing_entry(self, state: dict) -> str | None:
         "What a state lacks that it needs, in words; None if nothing."
         return None
+
+
+# %% ../../nbs/internals/loading.ipynb #271902e8
+class LoadingOptimizer(DescribedState, Optimizer):
+    "An `Optimizer` that loads state without loss, all or nothing; subclasses have a method `check(group)`."
 
     def is_own_group(self, group: dict) -> bool:  # of a checkpoint
         "False if another optimizer has written this group."

@@ -13,10 +13,13 @@ __all__ = [
     "check_lr",
     "check_range",
     "check_betas",
+    "warn_caller",
 ]
 
 # %% ../../nbs/internals/options.ipynb #c714a106
 import math
+import sys
+import warnings
 
 import torch
 from torch import Tensor
@@ -174,3 +177,14 @@ def check_betas(
     for i, beta in enumerate(betas):
         if not 0.0 <= beta < 1.0:
             raise ValueError(f"Invalid beta parameter at index {i}: {beta}")
+
+
+# %% ../../nbs/internals/options.ipynb #716ccd7a
+def warn_caller(
+    message: str,
+):
+    "A `UserWarning` that points at the line outside this package and PyTorch from which it was called."
+    level, frame = 1, sys._getframe()
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] in ("sgd_sai", "torch"):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, stacklevel=level)

@@ -127,3 +127,38 @@ def test_fused_with_the_dtype_of_the_parameters_is_what_it_says():
     before = p.detach().clone()
     opt.step()
     assert not torch.equal(p, before)
+
+
+def adam_groups():
+    matrix, vector = nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(3))
+    return [{"params": [matrix], "use_muon": True}, {"params": [vector], "use_muon": False, "betas": (0.9, 0.95)}]
+
+
+def unmarked_group():
+    opt = muon([nn.Parameter(torch.ones(3, 2))])
+    return lambda: opt.add_param_group({"params": [nn.Parameter(torch.ones(3, 2))]})
+
+
+def constant_gradient():
+    p = nn.Parameter(torch.ones(3))
+    opt = AdaHessian([p])
+    p.sum().backward(create_graph=True)
+    return opt.step
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
+@pytest.mark.parametrize(
+    "build, word",
+    [
+        (lambda: lambda: MuonSaI(adam_groups()), "written for Adam"),
+        (lambda: lambda: MuonSaI(nn.Linear(3, 2)), "no hidden matrix"),
+        (unmarked_group, "neither muon=True nor muon=False"),
+        (constant_gradient, "is constant"),
+    ],
+    ids=["Adam's group", "no matrix", "no mark", "constant gradient"],
+)
+def test_warnings_point_at_the_line_that_calls(build, word):
+    call = build()
+    with pytest.warns(UserWarning, match=word) as caught:
+        call()
+    assert [w.filename for w in caught if word in str(w.message)] == [__file__]
