@@ -114,7 +114,7 @@ def spatial_average(
 
 def averaged_shape(
     shape: torch.Size,  # of the parameter
-    window: bool = True,  # as in `spatial_average`
+    window: bool = True,  # as in spatial_average
 ) -> torch.Size:
     "The shape of what `spatial_average` returns."
     return shape[:2] + (1,) * (len(shape) - 2) if window and len(shape) > 2 else shape

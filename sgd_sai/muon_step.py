@@ -142,7 +142,7 @@ def _check_same_in_all_processes(opt: torch.optim.Optimizer, groups: list[dict],
 @torch._disable_dynamo
 @torch.no_grad()
 def check_matrices(
-    opt: torch.optim.Optimizer,  # holds the momenta in its state, has `state_shapes`
+    opt: torch.optim.Optimizer,  # holds the momenta in its state, has state_shapes
     groups: ParamsWithGrad,  # groups of matrices, with entries (parameter, gradient, state or None)
 ):
     """Raise `RuntimeError`, with the parameter's name, for what would spoil the step of a matrix.
@@ -159,7 +159,7 @@ def check_matrices(
 def step_matrices(
     opt: torch.optim.Optimizer,  # holds the momenta in its state
     group: dict,  # lr, momentum, weight_decay, nesterov, maximize; lr_factor and stacked where they are not 1 and False
-    entries: list[ParamWithGrad],  # those of its parameters that step, see `check_matrices`
+    entries: list[ParamWithGrad],  # those of its parameters that step, see check_matrices
 ):
     "One step of Muon for these parameters of an optimizer."
     params, grads = [p for p, *_ in entries], [g for _, g, _ in entries]

@@ -36,7 +36,7 @@ BUILT_IN_RULES = frozenset(SCALE_RULES)  # they need no more of a parameter than
 
 
 def register_scale_rule(
-    name: str,  # for `SGDSaI(scale=name)` and for checkpoints
+    name: str,  # for SGDSaI(scale=name) and for checkpoints
     rule: Callable,  # rule(grad, param) -> a positive float or 0-d tensor; or rule(grad)
 ):
     "Add `rule` to `SCALE_RULES`, in place of an earlier one of that name. Raises `ValueError` for a built-in name."

@@ -55,7 +55,7 @@ def compared(
 
 def at_least_even(
     sweeps: list[str],
-    first: str,  # as in `compared`
+    first: str,  # as in compared
     second: str,
     better: bool = False,  # the claim is that it is better: even is not enough
 ) -> tuple[str, str]:  # what was measured, and HOLDS, PART or NOT

@@ -40,7 +40,7 @@ from .state_bytes import state_size
 
 
 # %% ../../nbs/benchmarks/step_memory.ipynb #f0b7f975
-def process_memory() -> tuple[int, int]:  # resident now, and at most since the process began or `reset_peak`
+def process_memory() -> tuple[int, int]:  # resident now, and at most since the process began or reset_peak
     "Memory of this process in bytes. Raises `RuntimeError` where the system does not tell."
     try:
         status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())

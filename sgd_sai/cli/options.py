@@ -85,7 +85,7 @@ def split_names(
 
 def parse_settings(
     items: list[str],  # e.g. ['adamw.lr=0.01']
-) -> dict:  # e.g. {'adamw': {'lr': '0.01'}}; what the text means is decided by `parse_hyperparameters`
+) -> dict:  # e.g. {'adamw': {'lr': '0.01'}}; what the text means is decided by parse_hyperparameters
     "Hyperparameters by optimizer. Raises `UsageError` for anything that is not OPTIMIZER.HYPERPARAMETER=VALUE."
     settings = {}
     for item in items:
@@ -136,7 +136,7 @@ PluginOption = Annotated[
 def tracking_of(
     names: list[str],  # of trackers
     folder: Path,  # of the runs
-):  # a `Tracking`; None without any tracker
+):  # a Tracking; None without any tracker
     "Where these trackers write. Raises `UsageError` for an unknown tracker and `ImportError` for a missing one."
     from sgd_sai.experiments.trackers import Tracking, check_trackers
 

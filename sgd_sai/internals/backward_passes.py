@@ -119,7 +119,7 @@ def _is_factor(product, scale: float) -> bool:
 
 
 def is_scaled(
-    roots: list,  # as in `root_nodes`
+    roots: list,  # as in root_nodes
     running: bool,  # the backward pass from `roots` has begun, and has freed what its first nodes held
 ) -> bool:  # if `running`: also true for other products, while a scaler is in use
     "True if a GradScaler has multiplied one of `roots`, or a term of it."

@@ -70,7 +70,7 @@ class BaseOptimizer(LoadingOptimizer):
     def __init__(
         self,
         params,  # as in PyTorch
-        defaults: dict,  # hyperparameters; text is parsed, see `parse_options`
+        defaults: dict,  # hyperparameters; text is parsed, see parse_options
     ):
         defaults = parse_options(defaults)
         self.check(defaults)

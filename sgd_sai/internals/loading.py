@@ -39,7 +39,7 @@ def _shape_error(key: str, value: Tensor, shape: torch.Size, p: Tensor) -> str |
 
 
 def kind_error(
-    opt: Optimizer,  # a `DescribedState`
+    opt: Optimizer,  # a DescribedState
     p: Tensor,  # one of its parameters
     key: str,  # of a state entry
     value,  # the entry, which has one number for each entry of p, or for several of them
@@ -57,7 +57,7 @@ def kind_error(
 
 # %% ../../nbs/internals/loading.ipynb #91bcd620
 def state_error(
-    opt: Optimizer,  # a `DescribedState`
+    opt: Optimizer,  # a DescribedState
     p: Tensor,  # one of its parameters
     group: dict,  # its group, or what it is going to be
     state: dict,  # of p
@@ -76,7 +76,7 @@ def state_error(
 
 # %% ../../nbs/internals/loading.ipynb #fe83b14e
 def check_shapes(
-    opt: Optimizer,  # a `DescribedState`
+    opt: Optimizer,  # a DescribedState
     group: dict,  # one of its groups
     params: Iterable[Tensor],  # parameters of this group that are about to step
 ):
@@ -204,7 +204,7 @@ def plan_load(
 def load_exactly(
     opt: Optimizer,
     load: Callable,  # PyTorch's load_state_dict of this optimizer
-    checkpoint: dict,  # as in `plan_load`
+    checkpoint: dict,  # as in plan_load
 ):
     """Load as PyTorch does, hooks included, but all or nothing, and without casting the state.
 

@@ -91,7 +91,7 @@ def plain_name(
 
 def params_by_name(
     opt: Optimizer,
-    names: Iterable[str],  # as in `named_params`, or as in the model that is wrapped or not
+    names: Iterable[str],  # as in named_params, or as in the model that is wrapped or not
 ) -> dict[str, Tensor]:  # from each of the names to its parameter
     "The parameters that names mean. Raises `KeyError` for a name that means none, or more than one."
     own, by_plain_name = dict(named_params(opt)), {}
@@ -113,7 +113,7 @@ def params_by_name(
 def matching_order(
     names: list[str],  # of the parameters of an optimizer
     saved_names: list[str],  # in a checkpoint, as many
-) -> list[int] | None:  # for each of `names` the place of the same one in `saved_names`; None: they do not tell
+) -> list[int] | None:  # for each of names the place of the same one in `saved_names`; None: they do not tell
     "Which saved parameter is which."
     own, saved = [plain_name(name) for name in names], [plain_name(name) for name in saved_names]
     if own == saved:

@@ -64,7 +64,7 @@ def random_bits(
 def stochastic_round_(
     stored: Tensor,  # bfloat16, overwritten
     exact: Tensor,  # float32, same shape; its contents are lost
-    random: Tensor,  # int32 in [0, 65536), as many, from `random_bits`
+    random: Tensor,  # int32 in [0, 65536), as many, from random_bits
 ):
     "Write `exact` to `stored`: to one of the two neighbours, right on average. Infinities and nan stay what they are."
     exact.view(torch.int32).add_(random.view(exact.shape)).bitwise_and_(-(1 << 16))
