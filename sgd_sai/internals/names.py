@@ -113,7 +113,7 @@ def params_by_name(
 def matching_order(
     names: list[str],  # of the parameters of an optimizer
     saved_names: list[str],  # in a checkpoint, as many
-) -> list[int] | None:  # for each of names the place of the same one in `saved_names`; None: they do not tell
+) -> list[int] | None:  # for each of names the place of the same one in saved_names; None: they do not tell
     "Which saved parameter is which."
     own, saved = [plain_name(name) for name in names], [plain_name(name) for name in saved_names]
     if own == saved:
