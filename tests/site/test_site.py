@@ -180,12 +180,18 @@ def test_formulas_are_drawn_without_a_script_from_elsewhere(site, pages):
         "\\sqrt",
         ".ipynb)",
         ".ipynb#",
-        "](https://",
         "| |",
     ],
 )
 def test_no_noise_on_the_pages(site, pages, noise):
     assert [path.relative_to(site).as_posix() for path, page in pages.items() if noise in "".join(page.text)] == []
+
+
+def test_signatures_show_no_addresses(pages):
+    "A name in backticks in the comment of a parameter becomes a link, of which a signature shows the source."
+    assert [
+        path.stem for path in pages if "](https://" in re.sub(r"<[^>]*>", "", path.read_text(encoding="utf-8"))
+    ] == []
 
 
 def test_landing_page_is_light(site, pages):
