@@ -337,6 +337,28 @@ def test_names_that_do_not_tell_are_named_in_a_warning(build):
     assert [name for name, _ in other.named()][0] == "net.0.weight"
 
 
+def test_equal_names_in_another_order_cannot_tell():
+    model = small_model(rows=6, cols=6)
+    pairs = [("a", model[0].weight), ("b", model[2].bias), ("a", model[0].bias)]
+    opt = SGDSaI(pairs)
+    backward(model)
+    opt.step()
+    other = SGDSaI([("b", model[2].bias), ("a", model[0].weight), ("a", model[0].bias)])
+    with pytest.warns(UserWarning, match="do not tell"), pytest.raises(ValueError, match="momentum_buffer"):
+        other.load_state_dict(opt.state_dict())  # by position: a matrix for a bias
+    assert not other.state
+
+
+def test_position_of_a_parameter_that_joined_later():
+    first, late = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(3))
+    opt = SGDSaI([first])
+    assert opt.position(first) == 0
+    opt.add_param_group({"params": [late]})
+    assert (opt.position(first), opt.position(late)) == (0, 1)
+    twin = copy.deepcopy(opt)
+    assert [twin.position(p) for group in twin.param_groups for p in group["params"]] == [0, 1]
+
+
 @each_class
 def test_names_of_one_side_alone_change_nothing(build):
     if build is muon:

@@ -97,6 +97,13 @@ def test_what_an_option_cannot_be_is_an_error_with_its_name(name, option):
         assert len(opt.param_groups) == 1
 
 
+@pytest.mark.parametrize("name", BUILD)
+def test_default_out_of_range_is_refused_though_no_group_uses_it(name):
+    group = {"params": [nn.Parameter(torch.randn(3, 2))], "lr": 0.1} | ({"muon": True} if name == "MuonSaI" else {})
+    with pytest.raises(ValueError, match="Invalid learning rate: -1"):
+        (MuonSaI if name == "MuonSaI" else BUILD[name])([group], lr=-1.0)
+
+
 @pytest.mark.parametrize("text", ["bfloat16", "torch.bfloat16", "bf16", " BFloat16 "])
 def test_spellings_of_a_dtype(text):
     assert parse_option("state_dtype", text) is torch.bfloat16
