@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.optim import SGD, AdamW, RMSprop
 
+import sgd_sai.init_scales
 from sgd_sai.adahessian import AdaHessian
 from sgd_sai.adan import Adan
 from sgd_sai.muon_sai import MuonSaI
@@ -442,6 +443,20 @@ def test_copy_without_a_hyperparameter_gets_its_default(build):
     old = type(opt).__new__(type(opt))
     old.__setstate__(state)
     assert all(group["maximize"] is False for group in old.param_groups)
+
+
+def test_processes_are_compared_anew_after_loading(monkeypatch):
+    compared, check = [], sgd_sai.init_scales._check_same_everywhere
+    monkeypatch.setattr(sgd_sai.init_scales, "_check_same_everywhere", lambda *args: (compared.append(1), check(*args)))
+    model = small_model()
+    opt = SGDSaI(model.named_parameters())
+    for load in (False, False, True, False):
+        if load:
+            opt.load_state_dict(opt.state_dict())
+        backward(model)
+        opt.step()
+        compared.append(0)
+    assert compared == [1, 0, 0, 1, 0, 0]  # before the first step, and before the first one after loading
 
 
 def test_blank_scales_do_not_survive_a_copy():
