@@ -3376,12 +3376,25 @@ d = {
             "sgd_sai.muon_step.step_matrices": ("optimizers/muon_step.html#step_matrices", "sgd_sai/muon_step.py"),
         },
         "sgd_sai.orthogonalize": {
+            "sgd_sai.orthogonalize._has_bfloat16": (
+                "optimizers/orthogonalize.html#_has_bfloat16",
+                "sgd_sai/orthogonalize.py",
+            ),
+            "sgd_sai.orthogonalize._iterate_": ("optimizers/orthogonalize.html#_iterate_", "sgd_sai/orthogonalize.py"),
             "sgd_sai.orthogonalize._power_of_two": (
                 "optimizers/orthogonalize.html#_power_of_two",
                 "sgd_sai/orthogonalize.py",
             ),
             "sgd_sai.orthogonalize._to_norm_one": (
                 "optimizers/orthogonalize.html#_to_norm_one",
+                "sgd_sai/orthogonalize.py",
+            ),
+            "sgd_sai.orthogonalize.factor_dtype": (
+                "optimizers/orthogonalize.html#factor_dtype",
+                "sgd_sai/orthogonalize.py",
+            ),
+            "sgd_sai.orthogonalize.get_coefficients": (
+                "optimizers/orthogonalize.html#get_coefficients",
                 "sgd_sai/orthogonalize.py",
             ),
             "sgd_sai.orthogonalize.orthogonalize": (
