@@ -3307,6 +3307,18 @@ d = {
             "sgd_sai.kernels.check_entries": ("optimizers/kernels.html#check_entries", "sgd_sai/kernels.py"),
             "sgd_sai.kernels.step_groups": ("optimizers/kernels.html#step_groups", "sgd_sai/kernels.py"),
         },
+        "sgd_sai.muon_checks": {
+            "sgd_sai.muon_checks._check_finite": (
+                "optimizers/muon_checks.html#_check_finite",
+                "sgd_sai/muon_checks.py",
+            ),
+            "sgd_sai.muon_checks._check_same_in_all_processes": (
+                "optimizers/muon_checks.html#_check_same_in_all_processes",
+                "sgd_sai/muon_checks.py",
+            ),
+            "sgd_sai.muon_checks._finite": ("optimizers/muon_checks.html#_finite", "sgd_sai/muon_checks.py"),
+            "sgd_sai.muon_checks.check_step": ("optimizers/muon_checks.html#check_step", "sgd_sai/muon_checks.py"),
+        },
         "sgd_sai.muon_groups": {
             "sgd_sai.muon_groups._check_keys": ("optimizers/muon_groups.html#_check_keys", "sgd_sai/muon_groups.py"),
             "sgd_sai.muon_groups._checked_groups": (
@@ -3342,6 +3354,17 @@ d = {
                 "sgd_sai/muon_groups.py",
             ),
         },
+        "sgd_sai.muon_layout": {
+            "sgd_sai.muon_layout.MatrixLayout": ("optimizers/muon_layout.html#matrixlayout", "sgd_sai/muon_layout.py"),
+            "sgd_sai.muon_layout.Part": ("optimizers/muon_layout.html#part", "sgd_sai/muon_layout.py"),
+            "sgd_sai.muon_layout.Part.shape": ("optimizers/muon_layout.html#part.shape", "sgd_sai/muon_layout.py"),
+            "sgd_sai.muon_layout._outputs_dim": ("optimizers/muon_layout.html#_outputs_dim", "sgd_sai/muon_layout.py"),
+            "sgd_sai.muon_layout.as_part": ("optimizers/muon_layout.html#as_part", "sgd_sai/muon_layout.py"),
+            "sgd_sai.muon_layout.check_layout": ("optimizers/muon_layout.html#check_layout", "sgd_sai/muon_layout.py"),
+            "sgd_sai.muon_layout.layout_of": ("optimizers/muon_layout.html#layout_of", "sgd_sai/muon_layout.py"),
+            "sgd_sai.muon_layout.matrix_parts": ("optimizers/muon_layout.html#matrix_parts", "sgd_sai/muon_layout.py"),
+            "sgd_sai.muon_layout.step_length": ("optimizers/muon_layout.html#step_length", "sgd_sai/muon_layout.py"),
+        },
         "sgd_sai.muon_sai": {
             "sgd_sai.muon_sai.MuonSaI": ("optimizers/muon_sai.html#muonsai", "sgd_sai/muon_sai.py"),
             "sgd_sai.muon_sai.MuonSaI.__getstate__": (
@@ -3358,22 +3381,24 @@ d = {
             "sgd_sai.muon_sai.check_muon_sai": ("optimizers/muon_sai.html#check_muon_sai", "sgd_sai/muon_sai.py"),
         },
         "sgd_sai.muon_step": {
-            "sgd_sai.muon_step._as_matrices": ("optimizers/muon_step.html#_as_matrices", "sgd_sai/muon_step.py"),
-            "sgd_sai.muon_step._check_finite": ("optimizers/muon_step.html#_check_finite", "sgd_sai/muon_step.py"),
-            "sgd_sai.muon_step._check_same_in_all_processes": (
-                "optimizers/muon_step.html#_check_same_in_all_processes",
-                "sgd_sai/muon_step.py",
-            ),
-            "sgd_sai.muon_step._finite": ("optimizers/muon_step.html#_finite", "sgd_sai/muon_step.py"),
-            "sgd_sai.muon_step._orthogonal_factors": (
-                "optimizers/muon_step.html#_orthogonal_factors",
-                "sgd_sai/muon_step.py",
-            ),
+            "sgd_sai.muon_step.Settings": ("optimizers/muon_step.html#settings", "sgd_sai/muon_step.py"),
+            "sgd_sai.muon_step._Stack": ("optimizers/muon_step.html#_stack", "sgd_sai/muon_step.py"),
+            "sgd_sai.muon_step._add_scaled_": ("optimizers/muon_step.html#_add_scaled_", "sgd_sai/muon_step.py"),
+            "sgd_sai.muon_step._chunk": ("optimizers/muon_step.html#_chunk", "sgd_sai/muon_step.py"),
+            "sgd_sai.muon_step._pieces": ("optimizers/muon_step.html#_pieces", "sgd_sai/muon_step.py"),
+            "sgd_sai.muon_step._stacks": ("optimizers/muon_step.html#_stacks", "sgd_sai/muon_step.py"),
             "sgd_sai.muon_step._step_alike": ("optimizers/muon_step.html#_step_alike", "sgd_sai/muon_step.py"),
-            "sgd_sai.muon_step._update_momenta": ("optimizers/muon_step.html#_update_momenta", "sgd_sai/muon_step.py"),
-            "sgd_sai.muon_step.check_matrices": ("optimizers/muon_step.html#check_matrices", "sgd_sai/muon_step.py"),
+            "sgd_sai.muon_step._step_in_batches": (
+                "optimizers/muon_step.html#_step_in_batches",
+                "sgd_sai/muon_step.py",
+            ),
+            "sgd_sai.muon_step._update_momenta_": (
+                "optimizers/muon_step.html#_update_momenta_",
+                "sgd_sai/muon_step.py",
+            ),
+            "sgd_sai.muon_step._write_update": ("optimizers/muon_step.html#_write_update", "sgd_sai/muon_step.py"),
             "sgd_sai.muon_step.muon_step": ("optimizers/muon_step.html#muon_step", "sgd_sai/muon_step.py"),
-            "sgd_sai.muon_step.step_matrices": ("optimizers/muon_step.html#step_matrices", "sgd_sai/muon_step.py"),
+            "sgd_sai.muon_step.settings_of": ("optimizers/muon_step.html#settings_of", "sgd_sai/muon_step.py"),
         },
         "sgd_sai.orthogonalize": {
             "sgd_sai.orthogonalize._has_bfloat16": (
@@ -3385,8 +3410,9 @@ d = {
                 "optimizers/orthogonalize.html#_power_of_two",
                 "sgd_sai/orthogonalize.py",
             ),
-            "sgd_sai.orthogonalize._to_norm_one": (
-                "optimizers/orthogonalize.html#_to_norm_one",
+            "sgd_sai.orthogonalize._scale": ("optimizers/orthogonalize.html#_scale", "sgd_sai/orthogonalize.py"),
+            "sgd_sai.orthogonalize._to_norm_one_": (
+                "optimizers/orthogonalize.html#_to_norm_one_",
                 "sgd_sai/orthogonalize.py",
             ),
             "sgd_sai.orthogonalize.factor_dtype": (
@@ -3399,6 +3425,10 @@ d = {
             ),
             "sgd_sai.orthogonalize.orthogonalize": (
                 "optimizers/orthogonalize.html#orthogonalize",
+                "sgd_sai/orthogonalize.py",
+            ),
+            "sgd_sai.orthogonalize.orthogonalize_": (
+                "optimizers/orthogonalize.html#orthogonalize_",
                 "sgd_sai/orthogonalize.py",
             ),
         },

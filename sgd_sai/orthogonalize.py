@@ -10,6 +10,7 @@ __all__ = [
     "BFLOAT16_FROM",
     "get_coefficients",
     "factor_dtype",
+    "orthogonalize_",
     "orthogonalize",
 ]
 
@@ -28,20 +29,16 @@ def _power_of_two(
     return torch.where(peak > 0, peak / mantissa, 1.0).clamp(min=limits.tiny, max=1 / limits.tiny)
 
 
-def _to_norm_one(
-    M: Tensor,  # (n, rows, cols), real
-    dtype: torch.dtype,  # of the result
-) -> Tensor:  # same shape, contiguous, new
-    "Each matrix divided by its Frobenius norm, whatever its size; a matrix of zeros stays zero."
+def _scale(M: Tensor) -> Tensor:  # (n, 1, 1), in float32 or float64
+    "The power of two above the largest entry of each of (n, rows, cols) matrices."
     peak = torch.maximum(M.amax((-2, -1), keepdim=True), -M.amin((-2, -1), keepdim=True))
-    scale = _power_of_two(peak.to(torch.promote_types(M.dtype, torch.float32)))
-    has_range = torch.finfo(dtype).max >= torch.finfo(M.dtype).max or dtype == torch.bfloat16
-    if M.dtype != torch.float64 and has_range:
-        X = torch.empty(M.shape, dtype=dtype, device=M.device).copy_(M)
-        X.div_(scale.to(dtype))
-    else:
-        X = (M / scale).to(dtype).contiguous()
-    return X.div_(torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True).clamp(min=torch.finfo(dtype).tiny))
+    return _power_of_two(peak.to(torch.promote_types(M.dtype, torch.float32)))
+
+
+def _to_norm_one_(X: Tensor):  # (n, rows, cols), overwritten
+    "Divide each matrix by its Frobenius norm, whatever its size; a matrix of zeros stays zero."
+    X.div_(_scale(X).to(X.dtype))
+    X.div_(torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True).clamp(min=torch.finfo(X.dtype).tiny))
 
 
 # %% ../nbs/optimizers/orthogonalize.ipynb #997a9121
@@ -97,13 +94,8 @@ def factor_dtype(
     return torch.bfloat16 if is_large and _has_bfloat16() else torch.promote_types(M.dtype, torch.float32)
 
 
-def _iterate_(X: Tensor, triples: list[tuple[float, float, float]]) -> Tensor:
-    "Apply the polynomials to (n, rows, cols) matrices in place, rows <= cols."
-    if torch.compiler.is_compiling():
-        for a, b, c in triples:
-            A = X @ X.mT
-            X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
-        return X
+def _iterate_(X: Tensor, triples: list[tuple[float, float, float]]):
+    "Apply the polynomials in place, with two square matrices beside X."
     n, rows, _ = X.shape
     A, B = X.new_empty(n, rows, rows), X.new_empty(n, rows, rows)
     for a, b, c in triples:
@@ -111,7 +103,23 @@ def _iterate_(X: Tensor, triples: list[tuple[float, float, float]]) -> Tensor:
         torch.baddbmm(A, A, A, beta=b, alpha=c, out=B)
         for block in X.split(rows, dim=2):
             block.copy_(torch.baddbmm(block, B, block, beta=a, out=A[..., : block.shape[2]]))
-    return X
+
+
+def orthogonalize_(
+    X: Tensor,  # (n, rows, cols), real, rows <= cols, contiguous, not empty; overwritten by the orthogonal factors
+    iterations: int = 5,  # applications of a polynomial
+    coefficients="jordan",  # as in get_coefficients
+):
+    "The orthogonal factor of each matrix, in place and in its dtype. Raises `ValueError` as `get_coefficients` does."
+    triples = get_coefficients(coefficients, iterations)
+    _to_norm_one_(X)
+    if not torch.compiler.is_compiling():
+        return _iterate_(X, triples)
+    factor = X
+    for a, b, c in triples:
+        A = factor @ factor.mT
+        factor = torch.baddbmm(factor, torch.baddbmm(A, A, A, beta=b, alpha=c), factor, beta=a)
+    X.copy_(factor)
 
 
 # %% ../nbs/optimizers/orthogonalize.ipynb #2cf71ee1
@@ -122,10 +130,14 @@ def orthogonalize(
     dtype: torch.dtype | None = None,  # to compute in; None: factor_dtype(M)
 ) -> Tensor:  # same shape, in `dtype`; singular values near one (0.7 to 1.2 by default), but for those that were tiny
     "The orthogonal factor of each matrix, nearly, by Newton-Schulz iterations (Keller Jordan's Muon, 2024)."
-    dtype, triples = dtype or factor_dtype(M), get_coefficients(coefficients, iterations)
+    dtype = dtype or factor_dtype(M)
     if not M.numel():
         return M.to(dtype)
     stack = M.reshape(-1, *M.shape[-2:])
+    if torch.finfo(dtype).max < torch.finfo(M.dtype).max and dtype != torch.bfloat16:
+        stack = stack / _scale(stack)  # which might not be held by `dtype`
     wide = M.shape[-2] <= M.shape[-1]
-    X = _iterate_(_to_norm_one(stack if wide else stack.mT, dtype), triples)
+    stack = stack if wide else stack.mT
+    X = torch.empty(stack.shape, dtype=dtype, device=M.device).copy_(stack)
+    orthogonalize_(X, iterations, coefficients)
     return (X if wide else X.mT).reshape(M.shape)
