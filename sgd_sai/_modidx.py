@@ -3307,6 +3307,31 @@ d = {
             "sgd_sai.kernels.check_entries": ("optimizers/kernels.html#check_entries", "sgd_sai/kernels.py"),
             "sgd_sai.kernels.step_groups": ("optimizers/kernels.html#step_groups", "sgd_sai/kernels.py"),
         },
+        "sgd_sai.model_layers": {
+            "sgd_sai.model_layers.LayerParameter": (
+                "optimizers/model_layers.html#layerparameter",
+                "sgd_sai/model_layers.py",
+            ),
+            "sgd_sai.model_layers._is_composite": (
+                "optimizers/model_layers.html#_is_composite",
+                "sgd_sai/model_layers.py",
+            ),
+            "sgd_sai.model_layers._layer_path": ("optimizers/model_layers.html#_layer_path", "sgd_sai/model_layers.py"),
+            "sgd_sai.model_layers._own_parameters": (
+                "optimizers/model_layers.html#_own_parameters",
+                "sgd_sai/model_layers.py",
+            ),
+            "sgd_sai.model_layers.is_gain": ("optimizers/model_layers.html#is_gain", "sgd_sai/model_layers.py"),
+            "sgd_sai.model_layers.is_within": ("optimizers/model_layers.html#is_within", "sgd_sai/model_layers.py"),
+            "sgd_sai.model_layers.layer_parameters": (
+                "optimizers/model_layers.html#layer_parameters",
+                "sgd_sai/model_layers.py",
+            ),
+            "sgd_sai.model_layers.repeated_blocks": (
+                "optimizers/model_layers.html#repeated_blocks",
+                "sgd_sai/model_layers.py",
+            ),
+        },
         "sgd_sai.muon_groups": {
             "sgd_sai.muon_groups._check_keys": ("optimizers/muon_groups.html#_check_keys", "sgd_sai/muon_groups.py"),
             "sgd_sai.muon_groups._checked_groups": (
@@ -3340,6 +3365,97 @@ d = {
             "sgd_sai.muon_groups.with_defaults": (
                 "optimizers/muon_groups.html#with_defaults",
                 "sgd_sai/muon_groups.py",
+            ),
+        },
+        "sgd_sai.muon_role_table": {
+            "sgd_sai.muon_role_table.RoleRow": (
+                "optimizers/muon_role_table.html#rolerow",
+                "sgd_sai/muon_role_table.py",
+            ),
+            "sgd_sai.muon_role_table.RoleTable": (
+                "optimizers/muon_role_table.html#roletable",
+                "sgd_sai/muon_role_table.py",
+            ),
+            "sgd_sai.muon_role_table.RoleTable.__repr__": (
+                "optimizers/muon_role_table.html#roletable.__repr__",
+                "sgd_sai/muon_role_table.py",
+            ),
+            "sgd_sai.muon_role_table.RoleTable._repr_html_": (
+                "optimizers/muon_role_table.html#roletable._repr_html_",
+                "sgd_sai/muon_role_table.py",
+            ),
+            "sgd_sai.muon_role_table.RoleTable.to_pandas": (
+                "optimizers/muon_role_table.html#roletable.to_pandas",
+                "sgd_sai/muon_role_table.py",
+            ),
+            "sgd_sai.muon_role_table._columns": (
+                "optimizers/muon_role_table.html#_columns",
+                "sgd_sai/muon_role_table.py",
+            ),
+            "sgd_sai.muon_role_table._role_cells": (
+                "optimizers/muon_role_table.html#_role_cells",
+                "sgd_sai/muon_role_table.py",
+            ),
+            "sgd_sai.muon_role_table.role_table": (
+                "optimizers/muon_role_table.html#role_table",
+                "sgd_sai/muon_role_table.py",
+            ),
+        },
+        "sgd_sai.muon_roles": {
+            "sgd_sai.muon_roles.ParameterRole": ("optimizers/muon_roles.html#parameterrole", "sgd_sai/muon_roles.py"),
+            "sgd_sai.muon_roles._Layer": ("optimizers/muon_roles.html#_layer", "sgd_sai/muon_roles.py"),
+            "sgd_sai.muon_roles._Layer.is_embedding": (
+                "optimizers/muon_roles.html#_layer.is_embedding",
+                "sgd_sai/muon_roles.py",
+            ),
+            "sgd_sai.muon_roles._Layer.last_name": (
+                "optimizers/muon_roles.html#_layer.last_name",
+                "sgd_sai/muon_roles.py",
+            ),
+            "sgd_sai.muon_roles._Rule": ("optimizers/muon_roles.html#_rule", "sgd_sai/muon_roles.py"),
+            "sgd_sai.muon_roles._Rule.__init__": ("optimizers/muon_roles.html#_rule.__init__", "sgd_sai/muon_roles.py"),
+            "sgd_sai.muon_roles._Rule.layout_in": (
+                "optimizers/muon_roles.html#_rule.layout_in",
+                "sgd_sai/muon_roles.py",
+            ),
+            "sgd_sai.muon_roles._Rule.role": ("optimizers/muon_roles.html#_rule.role", "sgd_sai/muon_roles.py"),
+            "sgd_sai.muon_roles._Rule.role_in": ("optimizers/muon_roles.html#_rule.role_in", "sgd_sai/muon_roles.py"),
+            "sgd_sai.muon_roles._by_patterns": ("optimizers/muon_roles.html#_by_patterns", "sgd_sai/muon_roles.py"),
+            "sgd_sai.muon_roles._channels": ("optimizers/muon_roles.html#_channels", "sgd_sai/muon_roles.py"),
+            "sgd_sai.muon_roles._checked_layout": (
+                "optimizers/muon_roles.html#_checked_layout",
+                "sgd_sai/muon_roles.py",
+            ),
+            "sgd_sai.muon_roles._checked_settings": (
+                "optimizers/muon_roles.html#_checked_settings",
+                "sgd_sai/muon_roles.py",
+            ),
+            "sgd_sai.muon_roles._compiled": ("optimizers/muon_roles.html#_compiled", "sgd_sai/muon_roles.py"),
+            "sgd_sai.muon_roles._head_layers": ("optimizers/muon_roles.html#_head_layers", "sgd_sai/muon_roles.py"),
+            "sgd_sai.muon_roles._input_layers": ("optimizers/muon_roles.html#_input_layers", "sgd_sai/muon_roles.py"),
+            "sgd_sai.muon_roles._is_stack_of_experts": (
+                "optimizers/muon_roles.html#_is_stack_of_experts",
+                "sgd_sai/muon_roles.py",
+            ),
+            "sgd_sai.muon_roles._is_weight": ("optimizers/muon_roles.html#_is_weight", "sgd_sai/muon_roles.py"),
+            "sgd_sai.muon_roles._kind": ("optimizers/muon_roles.html#_kind", "sgd_sai/muon_roles.py"),
+            "sgd_sai.muon_roles._loose_role": ("optimizers/muon_roles.html#_loose_role", "sgd_sai/muon_roles.py"),
+            "sgd_sai.muon_roles._output_embedding": (
+                "optimizers/muon_roles.html#_output_embedding",
+                "sgd_sai/muon_roles.py",
+            ),
+            "sgd_sai.muon_roles._outputs": ("optimizers/muon_roles.html#_outputs", "sgd_sai/muon_roles.py"),
+            "sgd_sai.muon_roles._overridden": ("optimizers/muon_roles.html#_overridden", "sgd_sai/muon_roles.py"),
+            "sgd_sai.muon_roles._says_it_has_no_head": (
+                "optimizers/muon_roles.html#_says_it_has_no_head",
+                "sgd_sai/muon_roles.py",
+            ),
+            "sgd_sai.muon_roles._sees_pictures": ("optimizers/muon_roles.html#_sees_pictures", "sgd_sai/muon_roles.py"),
+            "sgd_sai.muon_roles._weight_layers": ("optimizers/muon_roles.html#_weight_layers", "sgd_sai/muon_roles.py"),
+            "sgd_sai.muon_roles._why_vector": ("optimizers/muon_roles.html#_why_vector", "sgd_sai/muon_roles.py"),
+            "sgd_sai.muon_roles.parameter_roles": (
+                "optimizers/muon_roles.html#parameter_roles",
+                "sgd_sai/muon_roles.py",
             ),
         },
         "sgd_sai.muon_sai": {
@@ -3630,6 +3746,74 @@ d = {
             "sgd_sai.step_in_backward.check_in_backward": (
                 "optimizers/step_in_backward.html#check_in_backward",
                 "sgd_sai/step_in_backward.py",
+            ),
+        },
+        "sgd_sai.weight_layouts": {
+            "sgd_sai.weight_layouts.WeightLayout": (
+                "optimizers/weight_layouts.html#weightlayout",
+                "sgd_sai/weight_layouts.py",
+            ),
+            "sgd_sai.weight_layouts._alternates": (
+                "optimizers/weight_layouts.html#_alternates",
+                "sgd_sai/weight_layouts.py",
+            ),
+            "sgd_sai.weight_layouts._convolution_layout": (
+                "optimizers/weight_layouts.html#_convolution_layout",
+                "sgd_sai/weight_layouts.py",
+            ),
+            "sgd_sai.weight_layouts._experts_transposed": (
+                "optimizers/weight_layouts.html#_experts_transposed",
+                "sgd_sai/weight_layouts.py",
+            ),
+            "sgd_sai.weight_layouts._fused_parts": (
+                "optimizers/weight_layouts.html#_fused_parts",
+                "sgd_sai/weight_layouts.py",
+            ),
+            "sgd_sai.weight_layouts._gate_split": (
+                "optimizers/weight_layouts.html#_gate_split",
+                "sgd_sai/weight_layouts.py",
+            ),
+            "sgd_sai.weight_layouts._head_size": (
+                "optimizers/weight_layouts.html#_head_size",
+                "sgd_sai/weight_layouts.py",
+            ),
+            "sgd_sai.weight_layouts._matrix_layout": (
+                "optimizers/weight_layouts.html#_matrix_layout",
+                "sgd_sai/weight_layouts.py",
+            ),
+            "sgd_sai.weight_layouts._number": ("optimizers/weight_layouts.html#_number", "sgd_sai/weight_layouts.py"),
+            "sgd_sai.weight_layouts._parts_of_heads": (
+                "optimizers/weight_layouts.html#_parts_of_heads",
+                "sgd_sai/weight_layouts.py",
+            ),
+            "sgd_sai.weight_layouts._split_of": (
+                "optimizers/weight_layouts.html#_split_of",
+                "sgd_sai/weight_layouts.py",
+            ),
+            "sgd_sai.weight_layouts._stack_layout": (
+                "optimizers/weight_layouts.html#_stack_layout",
+                "sgd_sai/weight_layouts.py",
+            ),
+            "sgd_sai.weight_layouts._tensor": ("optimizers/weight_layouts.html#_tensor", "sgd_sai/weight_layouts.py"),
+            "sgd_sai.weight_layouts.is_convolution": (
+                "optimizers/weight_layouts.html#is_convolution",
+                "sgd_sai/weight_layouts.py",
+            ),
+            "sgd_sai.weight_layouts.is_depthwise": (
+                "optimizers/weight_layouts.html#is_depthwise",
+                "sgd_sai/weight_layouts.py",
+            ),
+            "sgd_sai.weight_layouts.layout_words": (
+                "optimizers/weight_layouts.html#layout_words",
+                "sgd_sai/weight_layouts.py",
+            ),
+            "sgd_sai.weight_layouts.matrix_shapes": (
+                "optimizers/weight_layouts.html#matrix_shapes",
+                "sgd_sai/weight_layouts.py",
+            ),
+            "sgd_sai.weight_layouts.weight_layout": (
+                "optimizers/weight_layouts.html#weight_layout",
+                "sgd_sai/weight_layouts.py",
             ),
         },
     },
