@@ -3147,6 +3147,10 @@ d = {
             ),
         },
         "sgd_sai.internals.rounding": {
+            "sgd_sai.internals.rounding._chunk_size": (
+                "internals/rounding.html#_chunk_size",
+                "sgd_sai/internals/rounding.py",
+            ),
             "sgd_sai.internals.rounding._cut": ("internals/rounding.html#_cut", "sgd_sai/internals/rounding.py"),
             "sgd_sai.internals.rounding._flat": ("internals/rounding.html#_flat", "sgd_sai/internals/rounding.py"),
             "sgd_sai.internals.rounding._hashed": ("internals/rounding.html#_hashed", "sgd_sai/internals/rounding.py"),
@@ -3183,6 +3187,14 @@ d = {
             ),
             "sgd_sai.internals.rounding.stochastic_round_": (
                 "internals/rounding.html#stochastic_round_",
+                "sgd_sai/internals/rounding.py",
+            ),
+            "sgd_sai.internals.rounding.update_momentum": (
+                "internals/rounding.html#update_momentum",
+                "sgd_sai/internals/rounding.py",
+            ),
+            "sgd_sai.internals.rounding.zero_momentum": (
+                "internals/rounding.html#zero_momentum",
                 "sgd_sai/internals/rounding.py",
             ),
         },
@@ -3431,6 +3443,137 @@ d = {
                 "optimizers/orthogonalize.html#orthogonalize_",
                 "sgd_sai/orthogonalize.py",
             ),
+        },
+        "sgd_sai.rest_kernels": {
+            "sgd_sai.rest_kernels._RowEntry": ("optimizers/rest_kernels.html#_rowentry", "sgd_sai/rest_kernels.py"),
+            "sgd_sai.rest_kernels._Rows": ("optimizers/rest_kernels.html#_rows", "sgd_sai/rest_kernels.py"),
+            "sgd_sai.rest_kernels._add_momenta": (
+                "optimizers/rest_kernels.html#_add_momenta",
+                "sgd_sai/rest_kernels.py",
+            ),
+            "sgd_sai.rest_kernels._add_quotient_": (
+                "optimizers/rest_kernels.html#_add_quotient_",
+                "sgd_sai/rest_kernels.py",
+            ),
+            "sgd_sai.rest_kernels._batches_of_group": (
+                "optimizers/rest_kernels.html#_batches_of_group",
+                "sgd_sai/rest_kernels.py",
+            ),
+            "sgd_sai.rest_kernels._by_kind": ("optimizers/rest_kernels.html#_by_kind", "sgd_sai/rest_kernels.py"),
+            "sgd_sai.rest_kernels._check_same_rows": (
+                "optimizers/rest_kernels.html#_check_same_rows",
+                "sgd_sai/rest_kernels.py",
+            ),
+            "sgd_sai.rest_kernels._chunk_entries": (
+                "optimizers/rest_kernels.html#_chunk_entries",
+                "sgd_sai/rest_kernels.py",
+            ),
+            "sgd_sai.rest_kernels._cuts_rows": ("optimizers/rest_kernels.html#_cuts_rows", "sgd_sai/rest_kernels.py"),
+            "sgd_sai.rest_kernels._denominator": (
+                "optimizers/rest_kernels.html#_denominator",
+                "sgd_sai/rest_kernels.py",
+            ),
+            "sgd_sai.rest_kernels._denominators": (
+                "optimizers/rest_kernels.html#_denominators",
+                "sgd_sai/rest_kernels.py",
+            ),
+            "sgd_sai.rest_kernels._for_loop": ("optimizers/rest_kernels.html#_for_loop", "sgd_sai/rest_kernels.py"),
+            "sgd_sai.rest_kernels._foreach_adams": (
+                "optimizers/rest_kernels.html#_foreach_adams",
+                "sgd_sai/rest_kernels.py",
+            ),
+            "sgd_sai.rest_kernels._foreach_add_": (
+                "optimizers/rest_kernels.html#_foreach_add_",
+                "sgd_sai/rest_kernels.py",
+            ),
+            "sgd_sai.rest_kernels._foreach_row_norms": (
+                "optimizers/rest_kernels.html#_foreach_row_norms",
+                "sgd_sai/rest_kernels.py",
+            ),
+            "sgd_sai.rest_kernels._foreach_rows": (
+                "optimizers/rest_kernels.html#_foreach_rows",
+                "sgd_sai/rest_kernels.py",
+            ),
+            "sgd_sai.rest_kernels._foreach_sign": (
+                "optimizers/rest_kernels.html#_foreach_sign",
+                "sgd_sai/rest_kernels.py",
+            ),
+            "sgd_sai.rest_kernels._foreach_update_": (
+                "optimizers/rest_kernels.html#_foreach_update_",
+                "sgd_sai/rest_kernels.py",
+            ),
+            "sgd_sai.rest_kernels._in_lists": ("optimizers/rest_kernels.html#_in_lists", "sgd_sai/rest_kernels.py"),
+            "sgd_sai.rest_kernels._largest": ("optimizers/rest_kernels.html#_largest", "sgd_sai/rest_kernels.py"),
+            "sgd_sai.rest_kernels._lists": ("optimizers/rest_kernels.html#_lists", "sgd_sai/rest_kernels.py"),
+            "sgd_sai.rest_kernels._measured_rows": (
+                "optimizers/rest_kernels.html#_measured_rows",
+                "sgd_sai/rest_kernels.py",
+            ),
+            "sgd_sai.rest_kernels._norm": ("optimizers/rest_kernels.html#_norm", "sgd_sai/rest_kernels.py"),
+            "sgd_sai.rest_kernels._over_processes": (
+                "optimizers/rest_kernels.html#_over_processes",
+                "sgd_sai/rest_kernels.py",
+            ),
+            "sgd_sai.rest_kernels._row_batches": (
+                "optimizers/rest_kernels.html#_row_batches",
+                "sgd_sai/rest_kernels.py",
+            ),
+            "sgd_sai.rest_kernels._row_chunks": ("optimizers/rest_kernels.html#_row_chunks", "sgd_sai/rest_kernels.py"),
+            "sgd_sai.rest_kernels._row_norms": ("optimizers/rest_kernels.html#_row_norms", "sgd_sai/rest_kernels.py"),
+            "sgd_sai.rest_kernels._settings": ("optimizers/rest_kernels.html#_settings", "sgd_sai/rest_kernels.py"),
+            "sgd_sai.rest_kernels._state_of_rounding": (
+                "optimizers/rest_kernels.html#_state_of_rounding",
+                "sgd_sai/rest_kernels.py",
+            ),
+            "sgd_sai.rest_kernels._step_adams": ("optimizers/rest_kernels.html#_step_adams", "sgd_sai/rest_kernels.py"),
+            "sgd_sai.rest_kernels._step_elements": (
+                "optimizers/rest_kernels.html#_step_elements",
+                "sgd_sai/rest_kernels.py",
+            ),
+            "sgd_sai.rest_kernels._step_group_elements": (
+                "optimizers/rest_kernels.html#_step_group_elements",
+                "sgd_sai/rest_kernels.py",
+            ),
+            "sgd_sai.rest_kernels._step_rounded_elements": (
+                "optimizers/rest_kernels.html#_step_rounded_elements",
+                "sgd_sai/rest_kernels.py",
+            ),
+            "sgd_sai.rest_kernels._step_rounded_rows": (
+                "optimizers/rest_kernels.html#_step_rounded_rows",
+                "sgd_sai/rest_kernels.py",
+            ),
+            "sgd_sai.rest_kernels._step_row_batches": (
+                "optimizers/rest_kernels.html#_step_row_batches",
+                "sgd_sai/rest_kernels.py",
+            ),
+            "sgd_sai.rest_kernels._step_row_entry": (
+                "optimizers/rest_kernels.html#_step_row_entry",
+                "sgd_sai/rest_kernels.py",
+            ),
+            "sgd_sai.rest_kernels._step_rows": ("optimizers/rest_kernels.html#_step_rows", "sgd_sai/rest_kernels.py"),
+            "sgd_sai.rest_kernels._step_sign": ("optimizers/rest_kernels.html#_step_sign", "sgd_sai/rest_kernels.py"),
+            "sgd_sai.rest_kernels._update_": ("optimizers/rest_kernels.html#_update_", "sgd_sai/rest_kernels.py"),
+            "sgd_sai.rest_kernels.check_rest_entries": (
+                "optimizers/rest_kernels.html#check_rest_entries",
+                "sgd_sai/rest_kernels.py",
+            ),
+            "sgd_sai.rest_kernels.step_rest": ("optimizers/rest_kernels.html#step_rest", "sgd_sai/rest_kernels.py"),
+        },
+        "sgd_sai.rest_rules": {
+            "sgd_sai.rest_rules._alike": ("optimizers/rest_rules.html#_alike", "sgd_sai/rest_rules.py"),
+            "sgd_sai.rest_rules.adams_direction": (
+                "optimizers/rest_rules.html#adams_direction",
+                "sgd_sai/rest_rules.py",
+            ),
+            "sgd_sai.rest_rules.check_rest": ("optimizers/rest_rules.html#check_rest", "sgd_sai/rest_rules.py"),
+            "sgd_sai.rest_rules.dims_of_rows": ("optimizers/rest_rules.html#dims_of_rows", "sgd_sai/rest_rules.py"),
+            "sgd_sai.rest_rules.rest_reference": ("optimizers/rest_rules.html#rest_reference", "sgd_sai/rest_rules.py"),
+            "sgd_sai.rest_rules.rest_settings": ("optimizers/rest_rules.html#rest_settings", "sgd_sai/rest_rules.py"),
+            "sgd_sai.rest_rules.row_norm_direction": (
+                "optimizers/rest_rules.html#row_norm_direction",
+                "sgd_sai/rest_rules.py",
+            ),
+            "sgd_sai.rest_rules.sign_direction": ("optimizers/rest_rules.html#sign_direction", "sgd_sai/rest_rules.py"),
         },
         "sgd_sai.scale_rules": {
             "sgd_sai.scale_rules._gsnr_rule": ("optimizers/scale_rules.html#_gsnr_rule", "sgd_sai/scale_rules.py"),
