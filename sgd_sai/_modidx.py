@@ -3392,6 +3392,63 @@ d = {
             "sgd_sai.muon_sai._step_muon_sai": ("optimizers/muon_sai.html#_step_muon_sai", "sgd_sai/muon_sai.py"),
             "sgd_sai.muon_sai.check_muon_sai": ("optimizers/muon_sai.html#check_muon_sai", "sgd_sai/muon_sai.py"),
         },
+        "sgd_sai.muon_sharing": {
+            "sgd_sai.muon_sharing._Matrix": ("optimizers/muon_sharing.html#_matrix", "sgd_sai/muon_sharing.py"),
+            "sgd_sai.muon_sharing._Matrix.shard_shapes": (
+                "optimizers/muon_sharing.html#_matrix.shard_shapes",
+                "sgd_sai/muon_sharing.py",
+            ),
+            "sgd_sai.muon_sharing._Sharing": ("optimizers/muon_sharing.html#_sharing", "sgd_sai/muon_sharing.py"),
+            "sgd_sai.muon_sharing._Sharing.position": (
+                "optimizers/muon_sharing.html#_sharing.position",
+                "sgd_sai/muon_sharing.py",
+            ),
+            "sgd_sai.muon_sharing._all_to_all": ("optimizers/muon_sharing.html#_all_to_all", "sgd_sai/muon_sharing.py"),
+            "sgd_sai.muon_sharing._exchange_copies": (
+                "optimizers/muon_sharing.html#_exchange_copies",
+                "sgd_sai/muon_sharing.py",
+            ),
+            "sgd_sai.muon_sharing._factors": ("optimizers/muon_sharing.html#_factors", "sgd_sai/muon_sharing.py"),
+            "sgd_sai.muon_sharing._factors_by_shape": (
+                "optimizers/muon_sharing.html#_factors_by_shape",
+                "sgd_sai/muon_sharing.py",
+            ),
+            "sgd_sai.muon_sharing._gather_updates": (
+                "optimizers/muon_sharing.html#_gather_updates",
+                "sgd_sai/muon_sharing.py",
+            ),
+            "sgd_sai.muon_sharing._group_sharing": (
+                "optimizers/muon_sharing.html#_group_sharing",
+                "sgd_sai/muon_sharing.py",
+            ),
+            "sgd_sai.muon_sharing._matrix": ("optimizers/muon_sharing.html#_matrix", "sgd_sai/muon_sharing.py"),
+            "sgd_sai.muon_sharing._mesh_sharing": (
+                "optimizers/muon_sharing.html#_mesh_sharing",
+                "sgd_sai/muon_sharing.py",
+            ),
+            "sgd_sai.muon_sharing._owned": ("optimizers/muon_sharing.html#_owned", "sgd_sai/muon_sharing.py"),
+            "sgd_sai.muon_sharing._packed": ("optimizers/muon_sharing.html#_packed", "sgd_sai/muon_sharing.py"),
+            "sgd_sai.muon_sharing._repeated_factors": (
+                "optimizers/muon_sharing.html#_repeated_factors",
+                "sgd_sai/muon_sharing.py",
+            ),
+            "sgd_sai.muon_sharing._rounds": ("optimizers/muon_sharing.html#_rounds", "sgd_sai/muon_sharing.py"),
+            "sgd_sai.muon_sharing._scatter_factors": (
+                "optimizers/muon_sharing.html#_scatter_factors",
+                "sgd_sai/muon_sharing.py",
+            ),
+            "sgd_sai.muon_sharing._shared_round": (
+                "optimizers/muon_sharing.html#_shared_round",
+                "sgd_sai/muon_sharing.py",
+            ),
+            "sgd_sai.muon_sharing._sharing": ("optimizers/muon_sharing.html#_sharing", "sgd_sai/muon_sharing.py"),
+            "sgd_sai.muon_sharing._take": ("optimizers/muon_sharing.html#_take", "sgd_sai/muon_sharing.py"),
+            "sgd_sai.muon_sharing._unpacked": ("optimizers/muon_sharing.html#_unpacked", "sgd_sai/muon_sharing.py"),
+            "sgd_sai.muon_sharing.shared_factors": (
+                "optimizers/muon_sharing.html#shared_factors",
+                "sgd_sai/muon_sharing.py",
+            ),
+        },
         "sgd_sai.muon_step": {
             "sgd_sai.muon_step.Settings": ("optimizers/muon_step.html#settings", "sgd_sai/muon_step.py"),
             "sgd_sai.muon_step._Stack": ("optimizers/muon_step.html#_stack", "sgd_sai/muon_step.py"),
