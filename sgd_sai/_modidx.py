@@ -3503,35 +3503,13 @@ d = {
         },
         "sgd_sai.rest_kernels": {
             "sgd_sai.rest_kernels._RowEntry": ("optimizers/rest_kernels.html#_rowentry", "sgd_sai/rest_kernels.py"),
-            "sgd_sai.rest_kernels._Rows": ("optimizers/rest_kernels.html#_rows", "sgd_sai/rest_kernels.py"),
             "sgd_sai.rest_kernels._add_momenta": (
                 "optimizers/rest_kernels.html#_add_momenta",
-                "sgd_sai/rest_kernels.py",
-            ),
-            "sgd_sai.rest_kernels._add_quotient_": (
-                "optimizers/rest_kernels.html#_add_quotient_",
-                "sgd_sai/rest_kernels.py",
-            ),
-            "sgd_sai.rest_kernels._batches_of_group": (
-                "optimizers/rest_kernels.html#_batches_of_group",
                 "sgd_sai/rest_kernels.py",
             ),
             "sgd_sai.rest_kernels._by_kind": ("optimizers/rest_kernels.html#_by_kind", "sgd_sai/rest_kernels.py"),
             "sgd_sai.rest_kernels._check_same_rows": (
                 "optimizers/rest_kernels.html#_check_same_rows",
-                "sgd_sai/rest_kernels.py",
-            ),
-            "sgd_sai.rest_kernels._chunk_entries": (
-                "optimizers/rest_kernels.html#_chunk_entries",
-                "sgd_sai/rest_kernels.py",
-            ),
-            "sgd_sai.rest_kernels._cuts_rows": ("optimizers/rest_kernels.html#_cuts_rows", "sgd_sai/rest_kernels.py"),
-            "sgd_sai.rest_kernels._denominator": (
-                "optimizers/rest_kernels.html#_denominator",
-                "sgd_sai/rest_kernels.py",
-            ),
-            "sgd_sai.rest_kernels._denominators": (
-                "optimizers/rest_kernels.html#_denominators",
                 "sgd_sai/rest_kernels.py",
             ),
             "sgd_sai.rest_kernels._for_loop": ("optimizers/rest_kernels.html#_for_loop", "sgd_sai/rest_kernels.py"),
@@ -3543,14 +3521,6 @@ d = {
                 "optimizers/rest_kernels.html#_foreach_add_",
                 "sgd_sai/rest_kernels.py",
             ),
-            "sgd_sai.rest_kernels._foreach_row_norms": (
-                "optimizers/rest_kernels.html#_foreach_row_norms",
-                "sgd_sai/rest_kernels.py",
-            ),
-            "sgd_sai.rest_kernels._foreach_rows": (
-                "optimizers/rest_kernels.html#_foreach_rows",
-                "sgd_sai/rest_kernels.py",
-            ),
             "sgd_sai.rest_kernels._foreach_sign": (
                 "optimizers/rest_kernels.html#_foreach_sign",
                 "sgd_sai/rest_kernels.py",
@@ -3559,24 +3529,17 @@ d = {
                 "optimizers/rest_kernels.html#_foreach_update_",
                 "sgd_sai/rest_kernels.py",
             ),
+            "sgd_sai.rest_kernels._foreach_vectors": (
+                "optimizers/rest_kernels.html#_foreach_vectors",
+                "sgd_sai/rest_kernels.py",
+            ),
             "sgd_sai.rest_kernels._in_lists": ("optimizers/rest_kernels.html#_in_lists", "sgd_sai/rest_kernels.py"),
-            "sgd_sai.rest_kernels._largest": ("optimizers/rest_kernels.html#_largest", "sgd_sai/rest_kernels.py"),
             "sgd_sai.rest_kernels._lists": ("optimizers/rest_kernels.html#_lists", "sgd_sai/rest_kernels.py"),
-            "sgd_sai.rest_kernels._measured_rows": (
-                "optimizers/rest_kernels.html#_measured_rows",
+            "sgd_sai.rest_kernels._measured": ("optimizers/rest_kernels.html#_measured", "sgd_sai/rest_kernels.py"),
+            "sgd_sai.rest_kernels._row_entries": (
+                "optimizers/rest_kernels.html#_row_entries",
                 "sgd_sai/rest_kernels.py",
             ),
-            "sgd_sai.rest_kernels._norm": ("optimizers/rest_kernels.html#_norm", "sgd_sai/rest_kernels.py"),
-            "sgd_sai.rest_kernels._over_processes": (
-                "optimizers/rest_kernels.html#_over_processes",
-                "sgd_sai/rest_kernels.py",
-            ),
-            "sgd_sai.rest_kernels._row_batches": (
-                "optimizers/rest_kernels.html#_row_batches",
-                "sgd_sai/rest_kernels.py",
-            ),
-            "sgd_sai.rest_kernels._row_chunks": ("optimizers/rest_kernels.html#_row_chunks", "sgd_sai/rest_kernels.py"),
-            "sgd_sai.rest_kernels._row_norms": ("optimizers/rest_kernels.html#_row_norms", "sgd_sai/rest_kernels.py"),
             "sgd_sai.rest_kernels._settings": ("optimizers/rest_kernels.html#_settings", "sgd_sai/rest_kernels.py"),
             "sgd_sai.rest_kernels._state_of_rounding": (
                 "optimizers/rest_kernels.html#_state_of_rounding",
@@ -3599,22 +3562,40 @@ d = {
                 "optimizers/rest_kernels.html#_step_rounded_rows",
                 "sgd_sai/rest_kernels.py",
             ),
-            "sgd_sai.rest_kernels._step_row_batches": (
-                "optimizers/rest_kernels.html#_step_row_batches",
-                "sgd_sai/rest_kernels.py",
-            ),
             "sgd_sai.rest_kernels._step_row_entry": (
                 "optimizers/rest_kernels.html#_step_row_entry",
                 "sgd_sai/rest_kernels.py",
             ),
             "sgd_sai.rest_kernels._step_rows": ("optimizers/rest_kernels.html#_step_rows", "sgd_sai/rest_kernels.py"),
             "sgd_sai.rest_kernels._step_sign": ("optimizers/rest_kernels.html#_step_sign", "sgd_sai/rest_kernels.py"),
+            "sgd_sai.rest_kernels._step_small_vectors": (
+                "optimizers/rest_kernels.html#_step_small_vectors",
+                "sgd_sai/rest_kernels.py",
+            ),
             "sgd_sai.rest_kernels._update_": ("optimizers/rest_kernels.html#_update_", "sgd_sai/rest_kernels.py"),
+            "sgd_sai.rest_kernels._vector_factors": (
+                "optimizers/rest_kernels.html#_vector_factors",
+                "sgd_sai/rest_kernels.py",
+            ),
             "sgd_sai.rest_kernels.check_rest_entries": (
                 "optimizers/rest_kernels.html#check_rest_entries",
                 "sgd_sai/rest_kernels.py",
             ),
             "sgd_sai.rest_kernels.step_rest": ("optimizers/rest_kernels.html#step_rest", "sgd_sai/rest_kernels.py"),
+        },
+        "sgd_sai.rest_rows": {
+            "sgd_sai.rest_rows.Rows": ("optimizers/rest_rows.html#rows", "sgd_sai/rest_rows.py"),
+            "sgd_sai.rest_rows._all_reduce": ("optimizers/rest_rows.html#_all_reduce", "sgd_sai/rest_rows.py"),
+            "sgd_sai.rest_rows._factors": ("optimizers/rest_rows.html#_factors", "sgd_sai/rest_rows.py"),
+            "sgd_sai.rest_rows._largest": ("optimizers/rest_rows.html#_largest", "sgd_sai/rest_rows.py"),
+            "sgd_sai.rest_rows._message": ("optimizers/rest_rows.html#_message", "sgd_sai/rest_rows.py"),
+            "sgd_sai.rest_rows._norm": ("optimizers/rest_rows.html#_norm", "sgd_sai/rest_rows.py"),
+            "sgd_sai.rest_rows._over_processes": ("optimizers/rest_rows.html#_over_processes", "sgd_sai/rest_rows.py"),
+            "sgd_sai.rest_rows.chunk_entries": ("optimizers/rest_rows.html#chunk_entries", "sgd_sai/rest_rows.py"),
+            "sgd_sai.rest_rows.row_chunks": ("optimizers/rest_rows.html#row_chunks", "sgd_sai/rest_rows.py"),
+            "sgd_sai.rest_rows.row_factors": ("optimizers/rest_rows.html#row_factors", "sgd_sai/rest_rows.py"),
+            "sgd_sai.rest_rows.row_norms": ("optimizers/rest_rows.html#row_norms", "sgd_sai/rest_rows.py"),
+            "sgd_sai.rest_rows.update_weight": ("optimizers/rest_rows.html#update_weight", "sgd_sai/rest_rows.py"),
         },
         "sgd_sai.rest_rules": {
             "sgd_sai.rest_rules._alike": ("optimizers/rest_rules.html#_alike", "sgd_sai/rest_rules.py"),

@@ -5,25 +5,25 @@
 # %% auto #0
 __all__ = ["ELEMENT_WISE", "check_rest_entries", "step_rest"]
 
-# %% ../nbs/optimizers/rest_kernels.ipynb #692c9cb7
+# %% ../nbs/optimizers/rest_kernels.ipynb #c50f9c03
 import math
 from functools import partial
 from typing import Callable, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from .init_scales import ParamsWithGrad
 from .internals.base import BaseOptimizer, average_dtype, decay_, lr_of
-from .internals.chunks import FP32_CHUNK, all_full_precision, as_real, chunks, in_float32, is_quantized_subclass
+from .internals.chunks import all_full_precision, as_real, chunks, in_float32, is_quantized_subclass
 from .internals.rounding import step_rounded, update_momentum, zero_momentum
-from .internals.sharding import any_sharded, check_same_tensors, process_groups, sharded_mesh_dims, to_local
+from .internals.sharding import any_sharded, check_same_tensors, to_local
 from .kernels import Rounding, _add_, _are_ordinary, _batches, _rounding, check_entries
-from .rest_rules import ADAMS_BETA, ROW_FLOOR, dims_of_rows
+from .rest_rows import Rows, chunk_entries, row_chunks, row_factors, row_norms, update_weight
+from .rest_rules import ADAMS_BETA, dims_of_rows
 
 
-# %% ../nbs/optimizers/rest_kernels.ipynb #54e5b87f
+# %% ../nbs/optimizers/rest_kernels.ipynb #3b72f7d4
 def _update_(g: Tensor, m: Tensor, mu: float, nesterov: bool) -> Tensor:
     "Update the momentum `m`; the rule's u, which is a new tensor in Nesterov's form and m itself otherwise."
     m.lerp_(g, 1 - mu)
@@ -37,44 +37,32 @@ def _step_sign(p, g, m, *, step, decay, mu, nesterov):
     _add_(p, u.sign_() if nesterov else u.sign(), step)
 
 
-def _add_quotient_(p: Tensor, u: Tensor, denominator: Tensor, step):
-    "p += step * u / denominator."
-    if isinstance(step, Tensor):
-        p.addcdiv_(u, denominator / step.to(p.device))
-    else:
-        p.addcdiv_(u, denominator, value=step)
-
-
 def _step_adams(p, g, m, *, step, decay, mu, eps):
     "AdamS."
     denominator = m.square().mul_(ADAMS_BETA).addcmul_(g, g, value=1 - ADAMS_BETA).sqrt_().add_(eps)
     m.lerp_(g, 1 - mu)
     decay_([p], decay)
-    _add_quotient_(p, m, denominator, step)
+    if isinstance(step, Tensor):
+        p.addcdiv_(m, denominator.div_(step.to(p.device)))
+    else:
+        p.addcdiv_(m, denominator, value=step)
 
 
-def _step_rows(p, g, m, denominator, *, step, decay, mu, nesterov):
-    "Momentum normalized by row; `denominator` has one entry for each row, infinite for a row that does not move."
+def _step_rows(p, g, m, factors, *, step, decay, mu, nesterov):
+    "Momentum normalized by row; `factors` has one entry for each row."
     u = _update_(g, m, mu, nesterov)
     decay_([p], decay)
-    _add_quotient_(p, u, denominator, step)
+    p.addcmul_(u, factors * step)
 
 
-# %% ../nbs/optimizers/rest_kernels.ipynb #c1e89b71
-def _chunk_entries(p: Tensor) -> int:
-    "Entries that are computed at a time: what fits into a core's cache; on a GPU enough to keep it busy."
-    if torch.compiler.is_compiling():
-        return max(1, p.numel())
-    return FP32_CHUNK if p.device.type == "cpu" else 16 * FP32_CHUNK
-
-
+# %% ../nbs/optimizers/rest_kernels.ipynb #f54fbf31
 def _for_loop(update: Callable, params: list, grads: list, bufs: list):
     "An element-wise rule, one tensor after the other; `update(p, g, m)` works in place."
     for p, g, m in zip(params, grads, bufs, strict=True):
         theta = p * 1.0 if is_quantized_subclass(p) else as_real(p)  # an ordinary tensor
         entry = theta, as_real(g), as_real(m)
         if all_full_precision(*entry):
-            for chunk in chunks(*entry, size=_chunk_entries(p)):
+            for chunk in chunks(*entry, size=chunk_entries(p)):
                 update(*chunk)
         else:
             in_float32(update, *entry, changed=(0, 2))
@@ -117,7 +105,7 @@ def _foreach_adams(params, grads, bufs, *, step, decay, mu, eps):
     _foreach_add_(params, list(torch._foreach_div(bufs, denominators)), step)
 
 
-# %% ../nbs/optimizers/rest_kernels.ipynb #5a4fa062
+# %% ../nbs/optimizers/rest_kernels.ipynb #1052c9bb
 ELEMENT_WISE = {"sign": (_step_sign, _foreach_sign), "adams": (_step_adams, _foreach_adams)}
 
 
@@ -132,7 +120,7 @@ def _lists(params: list) -> list[list[int]]:
     "Positions of small tensors that are stepped together, and of large ones alone."
     if torch.compiler.is_compiling():
         return [list(range(len(params)))]
-    return _batches([p.numel() for p in params], _chunk_entries(params[0]))
+    return _batches([p.numel() for p in params], chunk_entries(params[0]))
 
 
 def _step_elements(rest: str, columns: tuple, foreach: bool | None, settings: dict):
@@ -148,106 +136,7 @@ def _step_elements(rest: str, columns: tuple, foreach: bool | None, settings: di
             on_list(*([as_real(t) for t in column] for column in (params, grads, bufs)), **settings)
 
 
-# %% ../nbs/optimizers/rest_kernels.ipynb #e72749b1
-def _row_chunks(tensors: tuple, rows: tuple, size: int) -> list:
-    "Matching views of tensors of one shape, and of `rows` that have one entry in place of a row; about `size` entries."
-    first = tensors[0]
-    if first.numel() <= size:
-        return [(tensors, rows)]
-    outer = max((d for d in range(first.ndim) if first.size(d) > 1), key=first.stride)
-    length = max(1, size * first.size(outer) // first.numel())
-    parts = []
-    for start in range(0, first.size(outer), length):
-        here = (outer, start, min(length, first.size(outer) - start))
-        tensors_ = tuple(t.narrow(*here) for t in tensors)
-        rows_ = tuple(t.narrow(*here) if t.size(outer) > 1 else t for t in rows)
-        parts += _row_chunks(tensors_, rows_, size)
-    return parts
-
-
-def _largest(t: Tensor, dims: tuple) -> Tensor:
-    "Largest magnitude along the dimensions."
-    return torch.maximum(t.amax(dims, keepdim=True), -t.amin(dims, keepdim=True))
-
-
-def _norm(u: Tensor, dims: tuple) -> Tensor:
-    "Root of the sum of squares along the dimensions, of numbers of any size."
-    peak = _largest(u, dims).clamp_min(torch.finfo(u.dtype).tiny)
-    return torch.linalg.vector_norm(u / peak, dim=dims or None, keepdim=True) * peak
-
-
-def _row_norms(g: Tensor, m: Tensor, dims: tuple, weight: float) -> tuple[Tensor, Tensor]:
-    "Norm of each row of m + weight*(g - m), and the largest magnitude of each row of g."
-    shape = [1 if d in dims else n for d, n in enumerate(g.shape)]
-    wide = torch.promote_types(g.dtype, torch.float32)
-    norms, peaks = (torch.zeros(shape, dtype=wide, device=g.device) for _ in range(2))
-    if not g.numel():
-        return norms, peaks
-    for (g_, m_), (norms_, peaks_) in _row_chunks((g, m), (norms, peaks), _chunk_entries(g)):
-        g_ = g_.to(wide)
-        norms_.copy_(torch.hypot(norms_, _norm(m_.to(wide).lerp(g_, weight), dims)))
-        peaks_.copy_(torch.maximum(peaks_, _largest(g_, dims)))
-    return norms, peaks
-
-
-# %% ../nbs/optimizers/rest_kernels.ipynb #2d904ed7
-class _Rows(NamedTuple):
-    "What is known of the rows of one parameter."
-
-    p: Tensor  # the parameter; sharded or not
-    dims: tuple  # along which its rows lie
-    norms: Tensor  # of the rows
-    peaks: Tensor  # largest magnitude of the gradient's rows
-
-
-def _cuts_rows(p: Tensor, dims: tuple, mesh_dim: int) -> bool:
-    "True if a dimension of the mesh has a part of every row in each of its processes."
-    return p.placements[mesh_dim].dim in dims
-
-
-@torch._disable_dynamo
-def _over_processes(rows: list[_Rows]) -> tuple[list[_Rows], list[Tensor]]:
-    "Norms of whole rows, and the norm of each whole tensor: one all-reduce for each group of processes."
-    messages, params = [], [each.p for each in rows]
-    for each in rows:
-        squares = each.norms.double().square().flatten()
-        messages.append(torch.cat([squares.sum()[None], squares, (each.peaks != 0).double().flatten()]))
-    mesh_dims = [sharded_mesh_dims(p) for p in params]
-    for k in range(max(map(len, mesh_dims), default=0)):
-        for group, (device, index) in process_groups(params, [d[k : k + 1] for d in mesh_dims]).items():
-            cut = {i: _cuts_rows(params[i], rows[i].dims, mesh_dims[i][k]) for i in index}
-            parts = [messages[i] if cut[i] else messages[i][:1] for i in index]
-            message = torch.cat(parts).to(device)
-            dist.all_reduce(message, group=group)
-            for part, total in zip(parts, message.split([len(part) for part in parts]), strict=True):
-                part.copy_(total)
-    whole = []
-    for each, message in zip(rows, messages, strict=True):
-        squares, present = message[1:].to(each.norms.device).chunk(2)
-        norms, peaks = squares.sqrt().view_as(each.norms), present.view_as(each.norms)
-        whole.append(each._replace(norms=norms.to(each.norms.dtype), peaks=peaks))
-    return whole, [message[0].sqrt().to(each.norms.dtype) for each, message in zip(rows, messages, strict=True)]
-
-
-# %% ../nbs/optimizers/rest_kernels.ipynb #56034ffd
-def _denominator(rows: _Rows, total: Tensor) -> Tensor:
-    "What each row is divided by; `total` is the norm of the tensor."
-    length = math.prod(rows.p.shape[d] for d in rows.dims)
-    floor = total * (ROW_FLOOR / math.sqrt(rows.p.numel()))
-    size = torch.maximum(rows.norms * (1 / math.sqrt(length)), floor)
-    return torch.where(rows.peaks != 0, size.clamp_min(torch.finfo(size.dtype).tiny), math.inf)
-
-
-def _denominators(rows: list[_Rows]) -> list[Tensor]:
-    "What each row of each tensor is divided by, from the norms that this process has computed from its shards."
-    if any_sharded([each.p for each in rows]):
-        rows, totals = _over_processes(rows)
-    else:
-        totals = [_norm(each.norms, tuple(range(each.norms.ndim))) for each in rows]
-    return [_denominator(each, total) for each, total in zip(rows, totals, strict=True)]
-
-
-# %% ../nbs/optimizers/rest_kernels.ipynb #b9ca50de
+# %% ../nbs/optimizers/rest_kernels.ipynb #9fd79161
 class _RowEntry(NamedTuple):
     "A parameter of a row-normalized step."
 
@@ -258,21 +147,20 @@ class _RowEntry(NamedTuple):
     settings: dict  # of _step_rows
 
 
-def _measured_rows(entry: _RowEntry) -> _Rows:
+def _measured(entry: _RowEntry) -> Rows:
     "The first pass over one parameter."
-    mu = entry.settings["mu"]
-    weight = 1 - (mu * mu if entry.settings["nesterov"] else mu)
-    return _Rows(entry.p, entry.dims, *_row_norms(to_local(entry.g), to_local(entry.m), entry.dims, weight))
+    weight = update_weight(entry.settings["mu"], entry.settings["nesterov"])
+    return Rows(entry.p, entry.dims, *row_norms(to_local(entry.g), to_local(entry.m), entry.dims, weight))
 
 
-def _step_row_entry(entry: _RowEntry, denominator: Tensor):
+def _step_row_entry(entry: _RowEntry, factors: Tensor):
     "The second pass over one parameter: float32 and float64 as they are, all others in float32, rounded once."
     p, g, m = (to_local(t) for t in (entry.p, entry.g, entry.m))
     theta = p * 1.0 if is_quantized_subclass(p) else p
     wide = torch.promote_types(theta.dtype, torch.float32)
-    for stored, (denominator_,) in _row_chunks((theta, g, m), (denominator,), _chunk_entries(g)):
+    for stored, (factors_,) in row_chunks((theta, g, m), (factors,), chunk_entries(g)):
         computed = [t.to(wide) for t in stored]
-        _step_rows(*computed, denominator_.to(wide), **entry.settings)
+        _step_rows(*computed, factors_.to(wide), **entry.settings)
         for i in (0, 2):
             if computed[i] is not stored[i]:
                 stored[i].copy_(computed[i])
@@ -280,57 +168,43 @@ def _step_row_entry(entry: _RowEntry, denominator: Tensor):
         p.copy_(theta)
 
 
-# %% ../nbs/optimizers/rest_kernels.ipynb #e9807c55
-def _foreach_row_norms(entries: list[_RowEntry]) -> list[_Rows]:
-    "The first pass over vectors that are alike."
-    params, grads, bufs, dims, settings = zip(*entries, strict=True)
-    mu = settings[0]["mu"]
-    updates = torch._foreach_lerp(bufs, grads, 1 - (mu * mu if settings[0]["nesterov"] else mu))
+# %% ../nbs/optimizers/rest_kernels.ipynb #4d798208
+def _vector_factors(grads: list, bufs: list, mu: float, nesterov: bool) -> tuple[Tensor, ...]:
+    "What each of several vectors is multiplied by, as `row_factors` has it."
+    updates = torch._foreach_lerp(bufs, grads, update_weight(mu, nesterov))
     peaks = torch.stack(torch._foreach_norm(updates, math.inf))
-    peaks.clamp_min_(torch.finfo(peaks.dtype).tiny)
-    norms = torch.stack(torch._foreach_norm(torch._foreach_div(updates, peaks.unbind()))) * peaks
-    grad_peaks = torch._foreach_norm(grads, math.inf)
-    rows = zip(params, dims, norms.unbind(), grad_peaks, strict=True)
-    return [_Rows(p, d, norm.view([1] * p.ndim), peak.view([1] * p.ndim)) for p, d, norm, peak in rows]
+    tiny = torch.finfo(peaks.dtype).tiny
+    peaks.clamp_min_(tiny)
+    norms = torch._foreach_norm(torch._foreach_div(updates, peaks.unbind()))
+    sizes = torch.stack(torch._foreach_mul(norms, [g.numel() ** -0.5 for g in grads])).mul_(peaks)
+    present = torch.stack(torch._foreach_norm(grads, math.inf)) != 0
+    return (present / sizes.clamp_min_(tiny)).unbind()
 
 
-def _foreach_rows(entries: list[_RowEntry], denominators: list[Tensor]):
-    "The second pass over vectors that are alike."
-    params, grads, bufs, _, settings = map(list, zip(*entries, strict=True))
-    step, decay, mu, nesterov = (settings[0][key] for key in ("step", "decay", "mu", "nesterov"))
+def _foreach_vectors(params, grads, bufs, *, step, decay, mu, nesterov):
+    "The step of vectors, normalized by their root mean square, with each operation of all in one call."
+    factors = _vector_factors(grads, bufs, mu, nesterov)
     updates = _foreach_update_(grads, bufs, mu, nesterov)
     decay_(params, decay)
-    _foreach_add_(params, list(torch._foreach_div(updates, denominators)), step)
+    _foreach_add_(params, list(torch._foreach_mul(updates, factors)), step)
 
 
-# %% ../nbs/optimizers/rest_kernels.ipynb #b5c83a8f
-def _row_batches(entries: list[_RowEntry], foreach: bool | None) -> list[list[_RowEntry]]:
-    "Entries that are alike, each alone but for small vectors, which go together."
+def _step_small_vectors(entries: list[_RowEntry], foreach: bool | None) -> list[_RowEntry]:
+    "Step the small vectors of entries that are alike, as lists; the entries that are left."
     params, grads, bufs, *_ = map(list, zip(*entries, strict=True))
-    size = _chunk_entries(params[0]) if not torch.compiler.is_compiling() else math.inf
-    small = [e for e in entries if e.p.ndim < 2 and e.p.numel() <= size and _in_lists(params, grads, bufs, foreach)]
-    others = [[e] for e in entries if not any(e is other for other in small)]
-    if not small:
-        return others
-    batches = _batches([e.p.numel() for e in small], size)
-    return [[small[i] for i in batch] for batch in batches] + others
+    vectors = [i for i, p in enumerate(params) if p.ndim < 2]
+    if not vectors or not _in_lists(params, grads, bufs, foreach):
+        return entries
+    left = {*range(len(entries))}
+    for batch in _lists([params[i] for i in vectors]):
+        index = [vectors[i] for i in batch]
+        if len(index) > 1:
+            _foreach_vectors(*([column[i] for i in index] for column in (params, grads, bufs)), **entries[0].settings)
+            left -= {*index}
+    return [entries[i] for i in sorted(left)]
 
 
-def _step_row_batches(batches: list[list[_RowEntry]]):
-    "Both passes over all parameters of a step whose rows are normalized."
-    rows = []
-    for batch in batches:
-        rows += _foreach_row_norms(batch) if len(batch) > 1 else [_measured_rows(batch[0])]
-    denominators = iter(_denominators(rows))
-    for batch in batches:
-        given = [next(denominators) for _ in batch]
-        if len(batch) > 1:
-            _foreach_rows(batch, given)
-        else:
-            _step_row_entry(batch[0], given[0])
-
-
-# %% ../nbs/optimizers/rest_kernels.ipynb #f9c0e145
+# %% ../nbs/optimizers/rest_kernels.ipynb #e22fbfb3
 @torch._disable_dynamo
 def _step_rounded_rows(rounding: Rounding, entry: _RowEntry, state: dict, position: int):
     "One row-normalized step of a parameter that is rounded in one of the ways of `internals.rounding`."
@@ -338,8 +212,8 @@ def _step_rounded_rows(rounding: Rounding, entry: _RowEntry, state: dict, positi
     u = update_momentum(
         entry.g, state, options.pop("mu"), options.pop("nesterov"), position, stochastic=rounding.stochastic_m
     )
-    rows = _Rows(entry.p, entry.dims, *_row_norms(to_local(entry.g), to_local(u), entry.dims, 0.0))
-    to_local(u).div_(_denominators([rows])[0])
+    rows = Rows(entry.p, entry.dims, *row_norms(to_local(entry.g), to_local(u), entry.dims, 0.0))
+    to_local(u).mul_(row_factors([rows])[0])
 
     def update(p, d, _):
         decay_([p], options["decay"])
@@ -397,7 +271,7 @@ def _settings(group: dict) -> dict:
     return settings | {key: group[key] for key in own}
 
 
-# %% ../nbs/optimizers/rest_kernels.ipynb #80e026b2
+# %% ../nbs/optimizers/rest_kernels.ipynb #4c6b4ce4
 def _step_group_elements(opt: BaseOptimizer, group: dict, entries: list):
     "One step of a group with an element-wise rule."
     settings = _settings(group)
@@ -412,23 +286,23 @@ def _step_group_elements(opt: BaseOptimizer, group: dict, entries: list):
         _step_elements(group["rest"], (params, grads, bufs), group["foreach"], settings)
 
 
-def _batches_of_group(opt: BaseOptimizer, group: dict, entries: list) -> list[list[_RowEntry]]:
-    "The batches of a group whose rows are normalized; parameters that are rounded are stepped at once."
-    settings, batches = _settings(group), []
+def _row_entries(opt: BaseOptimizer, group: dict, entries: list) -> list[_RowEntry]:
+    "Parameters of a group whose rows have to be measured; small vectors and rounded parameters are stepped at once."
+    settings, measured_together = _settings(group), []
     layout = group.get("stacked", False), group.get("transposed", False)
     for (_, p_dtype, m_dtype), alike in _by_kind(opt, group, entries).items():
         rounding = _rounding(group, p_dtype, m_dtype)
         rows = [_RowEntry(p, g, m, dims_of_rows(p.ndim, *layout), settings) for p, g, m, _ in alike]
         if not rounding:
-            batches += _row_batches(rows, group["foreach"])
+            measured_together += _step_small_vectors(rows, group["foreach"])
             continue
         for entry, (p, _, _, state) in zip(rows, alike, strict=True):
             _state_of_rounding(state, p, rounding)
             _step_rounded_rows(rounding, entry, state, opt.position(p))
-    return batches
+    return measured_together
 
 
-# %% ../nbs/optimizers/rest_kernels.ipynb #e2b2f9a2
+# %% ../nbs/optimizers/rest_kernels.ipynb #cb98d74c
 @torch._disable_dynamo
 def _check_same_rows(opt: BaseOptimizer, groups: ParamsWithGrad):
     "Raise `RuntimeError` in all processes if one of them lacks a parameter whose rows it shares, or its gradient."
@@ -454,11 +328,12 @@ def step_rest(
     groups: ParamsWithGrad,  # from collect_grads, checked by check_rest_entries: those with rest other than "sgd_sai"
 ):
     "One step of the parameters in groups whose `rest` is 'sign', 'row_norm' or 'adams'."
-    batches = []
+    measured_together = []
     for group, entries in groups:
         if group["rest"] == "row_norm":
-            batches += _batches_of_group(opt, group, entries)
+            measured_together += _row_entries(opt, group, entries)
         else:
             _step_group_elements(opt, group, entries)
-    if batches:
-        _step_row_batches(batches)
+    factors = row_factors([_measured(entry) for entry in measured_together])
+    for entry, factors_ in zip(measured_together, factors, strict=True):
+        _step_row_entry(entry, factors_)
