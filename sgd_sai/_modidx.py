@@ -3038,6 +3038,10 @@ d = {
                 "internals/loading.html#loadingoptimizer.load_state_dict",
                 "sgd_sai/internals/loading.py",
             ),
+            "sgd_sai.internals.loading.LoadingOptimizer.regrouped": (
+                "internals/loading.html#loadingoptimizer.regrouped",
+                "sgd_sai/internals/loading.py",
+            ),
             "sgd_sai.internals.loading.LoadingOptimizer.restored": (
                 "internals/loading.html#loadingoptimizer.restored",
                 "sgd_sai/internals/loading.py",
@@ -3319,6 +3323,31 @@ d = {
             "sgd_sai.kernels.check_entries": ("optimizers/kernels.html#check_entries", "sgd_sai/kernels.py"),
             "sgd_sai.kernels.step_groups": ("optimizers/kernels.html#step_groups", "sgd_sai/kernels.py"),
         },
+        "sgd_sai.model_layers": {
+            "sgd_sai.model_layers.LayerParameter": (
+                "optimizers/model_layers.html#layerparameter",
+                "sgd_sai/model_layers.py",
+            ),
+            "sgd_sai.model_layers._is_composite": (
+                "optimizers/model_layers.html#_is_composite",
+                "sgd_sai/model_layers.py",
+            ),
+            "sgd_sai.model_layers._layer_path": ("optimizers/model_layers.html#_layer_path", "sgd_sai/model_layers.py"),
+            "sgd_sai.model_layers._own_parameters": (
+                "optimizers/model_layers.html#_own_parameters",
+                "sgd_sai/model_layers.py",
+            ),
+            "sgd_sai.model_layers.is_gain": ("optimizers/model_layers.html#is_gain", "sgd_sai/model_layers.py"),
+            "sgd_sai.model_layers.is_within": ("optimizers/model_layers.html#is_within", "sgd_sai/model_layers.py"),
+            "sgd_sai.model_layers.layer_parameters": (
+                "optimizers/model_layers.html#layer_parameters",
+                "sgd_sai/model_layers.py",
+            ),
+            "sgd_sai.model_layers.repeated_blocks": (
+                "optimizers/model_layers.html#repeated_blocks",
+                "sgd_sai/model_layers.py",
+            ),
+        },
         "sgd_sai.muon_checks": {
             "sgd_sai.muon_checks._check_finite": (
                 "optimizers/muon_checks.html#_check_finite",
@@ -3337,20 +3366,12 @@ d = {
                 "optimizers/muon_groups.html#_checked_groups",
                 "sgd_sai/muon_groups.py",
             ),
-            "sgd_sai.muon_groups._is_gain": ("optimizers/muon_groups.html#_is_gain", "sgd_sai/muon_groups.py"),
-            "sgd_sai.muon_groups._of_convolutions": (
-                "optimizers/muon_groups.html#_of_convolutions",
-                "sgd_sai/muon_groups.py",
-            ),
-            "sgd_sai.muon_groups._own_matrices": (
-                "optimizers/muon_groups.html#_own_matrices",
-                "sgd_sai/muon_groups.py",
-            ),
-            "sgd_sai.muon_groups._weights": ("optimizers/muon_groups.html#_weights", "sgd_sai/muon_groups.py"),
+            "sgd_sai.muon_groups._chosen": ("optimizers/muon_groups.html#_chosen", "sgd_sai/muon_groups.py"),
             "sgd_sai.muon_groups.as_muon_groups": (
                 "optimizers/muon_groups.html#as_muon_groups",
                 "sgd_sai/muon_groups.py",
             ),
+            "sgd_sai.muon_groups.group_of": ("optimizers/muon_groups.html#group_of", "sgd_sai/muon_groups.py"),
             "sgd_sai.muon_groups.hidden_matrices": (
                 "optimizers/muon_groups.html#hidden_matrices",
                 "sgd_sai/muon_groups.py",
@@ -3361,6 +3382,10 @@ d = {
                 "sgd_sai/muon_groups.py",
             ),
             "sgd_sai.muon_groups.read_mark": ("optimizers/muon_groups.html#read_mark", "sgd_sai/muon_groups.py"),
+            "sgd_sai.muon_groups.sorted_parameters": (
+                "optimizers/muon_groups.html#sorted_parameters",
+                "sgd_sai/muon_groups.py",
+            ),
             "sgd_sai.muon_groups.with_defaults": (
                 "optimizers/muon_groups.html#with_defaults",
                 "sgd_sai/muon_groups.py",
@@ -3377,20 +3402,135 @@ d = {
             "sgd_sai.muon_layout.matrix_parts": ("optimizers/muon_layout.html#matrix_parts", "sgd_sai/muon_layout.py"),
             "sgd_sai.muon_layout.step_length": ("optimizers/muon_layout.html#step_length", "sgd_sai/muon_layout.py"),
         },
-        "sgd_sai.muon_sai": {
-            "sgd_sai.muon_sai.MuonSaI": ("optimizers/muon_sai.html#muonsai", "sgd_sai/muon_sai.py"),
-            "sgd_sai.muon_sai.MuonSaI.__getstate__": (
-                "optimizers/muon_sai.html#muonsai.__getstate__",
-                "sgd_sai/muon_sai.py",
+        "sgd_sai.muon_options": {
+            "sgd_sai.muon_options._check_matrices": (
+                "optimizers/muon_options.html#_check_matrices",
+                "sgd_sai/muon_options.py",
             ),
+            "sgd_sai.muon_options._is_older": ("optimizers/muon_options.html#_is_older", "sgd_sai/muon_options.py"),
+            "sgd_sai.muon_options._role_of": ("optimizers/muon_options.html#_role_of", "sgd_sai/muon_options.py"),
+            "sgd_sai.muon_options.check_muon_sai": (
+                "optimizers/muon_options.html#check_muon_sai",
+                "sgd_sai/muon_options.py",
+            ),
+            "sgd_sai.muon_options.complete_group": (
+                "optimizers/muon_options.html#complete_group",
+                "sgd_sai/muon_options.py",
+            ),
+            "sgd_sai.muon_options.from_adam": ("optimizers/muon_options.html#from_adam", "sgd_sai/muon_options.py"),
+            "sgd_sai.muon_options.regroup": ("optimizers/muon_options.html#regroup", "sgd_sai/muon_options.py"),
+            "sgd_sai.muon_options.rest_options": (
+                "optimizers/muon_options.html#rest_options",
+                "sgd_sai/muon_options.py",
+            ),
+        },
+        "sgd_sai.muon_role_table": {
+            "sgd_sai.muon_role_table.RoleRow": (
+                "optimizers/muon_role_table.html#rolerow",
+                "sgd_sai/muon_role_table.py",
+            ),
+            "sgd_sai.muon_role_table.RoleTable": (
+                "optimizers/muon_role_table.html#roletable",
+                "sgd_sai/muon_role_table.py",
+            ),
+            "sgd_sai.muon_role_table.RoleTable.__repr__": (
+                "optimizers/muon_role_table.html#roletable.__repr__",
+                "sgd_sai/muon_role_table.py",
+            ),
+            "sgd_sai.muon_role_table.RoleTable._repr_html_": (
+                "optimizers/muon_role_table.html#roletable._repr_html_",
+                "sgd_sai/muon_role_table.py",
+            ),
+            "sgd_sai.muon_role_table.RoleTable.to_pandas": (
+                "optimizers/muon_role_table.html#roletable.to_pandas",
+                "sgd_sai/muon_role_table.py",
+            ),
+            "sgd_sai.muon_role_table._columns": (
+                "optimizers/muon_role_table.html#_columns",
+                "sgd_sai/muon_role_table.py",
+            ),
+            "sgd_sai.muon_role_table._role_cells": (
+                "optimizers/muon_role_table.html#_role_cells",
+                "sgd_sai/muon_role_table.py",
+            ),
+            "sgd_sai.muon_role_table.role_table": (
+                "optimizers/muon_role_table.html#role_table",
+                "sgd_sai/muon_role_table.py",
+            ),
+        },
+        "sgd_sai.muon_roles": {
+            "sgd_sai.muon_roles.ParameterRole": ("optimizers/muon_roles.html#parameterrole", "sgd_sai/muon_roles.py"),
+            "sgd_sai.muon_roles._Layer": ("optimizers/muon_roles.html#_layer", "sgd_sai/muon_roles.py"),
+            "sgd_sai.muon_roles._Layer.is_embedding": (
+                "optimizers/muon_roles.html#_layer.is_embedding",
+                "sgd_sai/muon_roles.py",
+            ),
+            "sgd_sai.muon_roles._Layer.last_name": (
+                "optimizers/muon_roles.html#_layer.last_name",
+                "sgd_sai/muon_roles.py",
+            ),
+            "sgd_sai.muon_roles._Rule": ("optimizers/muon_roles.html#_rule", "sgd_sai/muon_roles.py"),
+            "sgd_sai.muon_roles._Rule.__init__": ("optimizers/muon_roles.html#_rule.__init__", "sgd_sai/muon_roles.py"),
+            "sgd_sai.muon_roles._Rule.layout_in": (
+                "optimizers/muon_roles.html#_rule.layout_in",
+                "sgd_sai/muon_roles.py",
+            ),
+            "sgd_sai.muon_roles._Rule.role": ("optimizers/muon_roles.html#_rule.role", "sgd_sai/muon_roles.py"),
+            "sgd_sai.muon_roles._Rule.role_in": ("optimizers/muon_roles.html#_rule.role_in", "sgd_sai/muon_roles.py"),
+            "sgd_sai.muon_roles._by_patterns": ("optimizers/muon_roles.html#_by_patterns", "sgd_sai/muon_roles.py"),
+            "sgd_sai.muon_roles._channels": ("optimizers/muon_roles.html#_channels", "sgd_sai/muon_roles.py"),
+            "sgd_sai.muon_roles._checked_layout": (
+                "optimizers/muon_roles.html#_checked_layout",
+                "sgd_sai/muon_roles.py",
+            ),
+            "sgd_sai.muon_roles._checked_settings": (
+                "optimizers/muon_roles.html#_checked_settings",
+                "sgd_sai/muon_roles.py",
+            ),
+            "sgd_sai.muon_roles._compiled": ("optimizers/muon_roles.html#_compiled", "sgd_sai/muon_roles.py"),
+            "sgd_sai.muon_roles._head_layers": ("optimizers/muon_roles.html#_head_layers", "sgd_sai/muon_roles.py"),
+            "sgd_sai.muon_roles._input_layers": ("optimizers/muon_roles.html#_input_layers", "sgd_sai/muon_roles.py"),
+            "sgd_sai.muon_roles._is_stack_of_experts": (
+                "optimizers/muon_roles.html#_is_stack_of_experts",
+                "sgd_sai/muon_roles.py",
+            ),
+            "sgd_sai.muon_roles._is_weight": ("optimizers/muon_roles.html#_is_weight", "sgd_sai/muon_roles.py"),
+            "sgd_sai.muon_roles._kind": ("optimizers/muon_roles.html#_kind", "sgd_sai/muon_roles.py"),
+            "sgd_sai.muon_roles._loose_role": ("optimizers/muon_roles.html#_loose_role", "sgd_sai/muon_roles.py"),
+            "sgd_sai.muon_roles._output_embedding": (
+                "optimizers/muon_roles.html#_output_embedding",
+                "sgd_sai/muon_roles.py",
+            ),
+            "sgd_sai.muon_roles._outputs": ("optimizers/muon_roles.html#_outputs", "sgd_sai/muon_roles.py"),
+            "sgd_sai.muon_roles._overridden": ("optimizers/muon_roles.html#_overridden", "sgd_sai/muon_roles.py"),
+            "sgd_sai.muon_roles._says_it_has_no_head": (
+                "optimizers/muon_roles.html#_says_it_has_no_head",
+                "sgd_sai/muon_roles.py",
+            ),
+            "sgd_sai.muon_roles._sees_pictures": ("optimizers/muon_roles.html#_sees_pictures", "sgd_sai/muon_roles.py"),
+            "sgd_sai.muon_roles._weight_layers": ("optimizers/muon_roles.html#_weight_layers", "sgd_sai/muon_roles.py"),
+            "sgd_sai.muon_roles._why_vector": ("optimizers/muon_roles.html#_why_vector", "sgd_sai/muon_roles.py"),
+            "sgd_sai.muon_roles.parameter_roles": (
+                "optimizers/muon_roles.html#parameter_roles",
+                "sgd_sai/muon_roles.py",
+            ),
+        },
+        "sgd_sai.muon_sai": {
+            "sgd_sai.muon_sai.MuonOptimizer": ("optimizers/muon_sai.html#muonoptimizer", "sgd_sai/muon_sai.py"),
+            "sgd_sai.muon_sai.MuonSaI": ("optimizers/muon_sai.html#muonsai", "sgd_sai/muon_sai.py"),
             "sgd_sai.muon_sai.MuonSaI.__init__": ("optimizers/muon_sai.html#muonsai.__init__", "sgd_sai/muon_sai.py"),
             "sgd_sai.muon_sai._add_param_group": ("optimizers/muon_sai.html#_add_param_group", "sgd_sai/muon_sai.py"),
-            "sgd_sai.muon_sai._both_defaults": ("optimizers/muon_sai.html#_both_defaults", "sgd_sai/muon_sai.py"),
-            "sgd_sai.muon_sai._check_matrix": ("optimizers/muon_sai.html#_check_matrix", "sgd_sai/muon_sai.py"),
+            "sgd_sai.muon_sai._build": ("optimizers/muon_sai.html#_build", "sgd_sai/muon_sai.py"),
+            "sgd_sai.muon_sai._defaults": ("optimizers/muon_sai.html#_defaults", "sgd_sai/muon_sai.py"),
+            "sgd_sai.muon_sai._getstate": ("optimizers/muon_sai.html#_getstate", "sgd_sai/muon_sai.py"),
             "sgd_sai.muon_sai._is_own_group": ("optimizers/muon_sai.html#_is_own_group", "sgd_sai/muon_sai.py"),
-            "sgd_sai.muon_sai._of_adam": ("optimizers/muon_sai.html#_of_adam", "sgd_sai/muon_sai.py"),
+            "sgd_sai.muon_sai._regrouped": ("optimizers/muon_sai.html#_regrouped", "sgd_sai/muon_sai.py"),
+            "sgd_sai.muon_sai._setstate": ("optimizers/muon_sai.html#_setstate", "sgd_sai/muon_sai.py"),
             "sgd_sai.muon_sai._step_muon_sai": ("optimizers/muon_sai.html#_step_muon_sai", "sgd_sai/muon_sai.py"),
-            "sgd_sai.muon_sai.check_muon_sai": ("optimizers/muon_sai.html#check_muon_sai", "sgd_sai/muon_sai.py"),
+            "sgd_sai.muon_sai._with_todays_names": (
+                "optimizers/muon_sai.html#_with_todays_names",
+                "sgd_sai/muon_sai.py",
+            ),
         },
         "sgd_sai.muon_sharing": {
             "sgd_sai.muon_sharing._Matrix": ("optimizers/muon_sharing.html#_matrix", "sgd_sai/muon_sharing.py"),
@@ -3451,9 +3591,21 @@ d = {
         },
         "sgd_sai.muon_step": {
             "sgd_sai.muon_step.Settings": ("optimizers/muon_step.html#settings", "sgd_sai/muon_step.py"),
+            "sgd_sai.muon_step._Matrix": ("optimizers/muon_step.html#_matrix", "sgd_sai/muon_step.py"),
+            "sgd_sai.muon_step._Matrix.position": (
+                "optimizers/muon_step.html#_matrix.position",
+                "sgd_sai/muon_step.py",
+            ),
+            "sgd_sai.muon_step._Matrix.rounding": (
+                "optimizers/muon_step.html#_matrix.rounding",
+                "sgd_sai/muon_step.py",
+            ),
             "sgd_sai.muon_step._Stack": ("optimizers/muon_step.html#_stack", "sgd_sai/muon_step.py"),
             "sgd_sai.muon_step._add_scaled_": ("optimizers/muon_step.html#_add_scaled_", "sgd_sai/muon_step.py"),
             "sgd_sai.muon_step._chunk": ("optimizers/muon_step.html#_chunk", "sgd_sai/muon_step.py"),
+            "sgd_sai.muon_step._cost": ("optimizers/muon_step.html#_cost", "sgd_sai/muon_step.py"),
+            "sgd_sai.muon_step._directions_of": ("optimizers/muon_step.html#_directions_of", "sgd_sai/muon_step.py"),
+            "sgd_sai.muon_step._move": ("optimizers/muon_step.html#_move", "sgd_sai/muon_step.py"),
             "sgd_sai.muon_step._pieces": ("optimizers/muon_step.html#_pieces", "sgd_sai/muon_step.py"),
             "sgd_sai.muon_step._stacks": ("optimizers/muon_step.html#_stacks", "sgd_sai/muon_step.py"),
             "sgd_sai.muon_step._step_alike": ("optimizers/muon_step.html#_step_alike", "sgd_sai/muon_step.py"),
@@ -3461,13 +3613,20 @@ d = {
                 "optimizers/muon_step.html#_step_in_batches",
                 "sgd_sai/muon_step.py",
             ),
+            "sgd_sai.muon_step._step_with_updates": (
+                "optimizers/muon_step.html#_step_with_updates",
+                "sgd_sai/muon_step.py",
+            ),
             "sgd_sai.muon_step._update_momenta_": (
                 "optimizers/muon_step.html#_update_momenta_",
                 "sgd_sai/muon_step.py",
             ),
+            "sgd_sai.muon_step._update_of": ("optimizers/muon_step.html#_update_of", "sgd_sai/muon_step.py"),
             "sgd_sai.muon_step._write_update": ("optimizers/muon_step.html#_write_update", "sgd_sai/muon_step.py"),
+            "sgd_sai.muon_step.directions": ("optimizers/muon_step.html#directions", "sgd_sai/muon_step.py"),
             "sgd_sai.muon_step.muon_step": ("optimizers/muon_step.html#muon_step", "sgd_sai/muon_step.py"),
             "sgd_sai.muon_step.settings_of": ("optimizers/muon_step.html#settings_of", "sgd_sai/muon_step.py"),
+            "sgd_sai.muon_step.step_matrices": ("optimizers/muon_step.html#step_matrices", "sgd_sai/muon_step.py"),
         },
         "sgd_sai.orthogonalize": {
             "sgd_sai.orthogonalize._has_bfloat16": (
@@ -3854,6 +4013,74 @@ d = {
             "sgd_sai.step_in_backward.check_in_backward": (
                 "optimizers/step_in_backward.html#check_in_backward",
                 "sgd_sai/step_in_backward.py",
+            ),
+        },
+        "sgd_sai.weight_layouts": {
+            "sgd_sai.weight_layouts.WeightLayout": (
+                "optimizers/weight_layouts.html#weightlayout",
+                "sgd_sai/weight_layouts.py",
+            ),
+            "sgd_sai.weight_layouts._alternates": (
+                "optimizers/weight_layouts.html#_alternates",
+                "sgd_sai/weight_layouts.py",
+            ),
+            "sgd_sai.weight_layouts._convolution_layout": (
+                "optimizers/weight_layouts.html#_convolution_layout",
+                "sgd_sai/weight_layouts.py",
+            ),
+            "sgd_sai.weight_layouts._experts_transposed": (
+                "optimizers/weight_layouts.html#_experts_transposed",
+                "sgd_sai/weight_layouts.py",
+            ),
+            "sgd_sai.weight_layouts._fused_parts": (
+                "optimizers/weight_layouts.html#_fused_parts",
+                "sgd_sai/weight_layouts.py",
+            ),
+            "sgd_sai.weight_layouts._gate_split": (
+                "optimizers/weight_layouts.html#_gate_split",
+                "sgd_sai/weight_layouts.py",
+            ),
+            "sgd_sai.weight_layouts._head_size": (
+                "optimizers/weight_layouts.html#_head_size",
+                "sgd_sai/weight_layouts.py",
+            ),
+            "sgd_sai.weight_layouts._matrix_layout": (
+                "optimizers/weight_layouts.html#_matrix_layout",
+                "sgd_sai/weight_layouts.py",
+            ),
+            "sgd_sai.weight_layouts._number": ("optimizers/weight_layouts.html#_number", "sgd_sai/weight_layouts.py"),
+            "sgd_sai.weight_layouts._parts_of_heads": (
+                "optimizers/weight_layouts.html#_parts_of_heads",
+                "sgd_sai/weight_layouts.py",
+            ),
+            "sgd_sai.weight_layouts._split_of": (
+                "optimizers/weight_layouts.html#_split_of",
+                "sgd_sai/weight_layouts.py",
+            ),
+            "sgd_sai.weight_layouts._stack_layout": (
+                "optimizers/weight_layouts.html#_stack_layout",
+                "sgd_sai/weight_layouts.py",
+            ),
+            "sgd_sai.weight_layouts._tensor": ("optimizers/weight_layouts.html#_tensor", "sgd_sai/weight_layouts.py"),
+            "sgd_sai.weight_layouts.is_convolution": (
+                "optimizers/weight_layouts.html#is_convolution",
+                "sgd_sai/weight_layouts.py",
+            ),
+            "sgd_sai.weight_layouts.is_depthwise": (
+                "optimizers/weight_layouts.html#is_depthwise",
+                "sgd_sai/weight_layouts.py",
+            ),
+            "sgd_sai.weight_layouts.layout_words": (
+                "optimizers/weight_layouts.html#layout_words",
+                "sgd_sai/weight_layouts.py",
+            ),
+            "sgd_sai.weight_layouts.matrix_shapes": (
+                "optimizers/weight_layouts.html#matrix_shapes",
+                "sgd_sai/weight_layouts.py",
+            ),
+            "sgd_sai.weight_layouts.weight_layout": (
+                "optimizers/weight_layouts.html#weight_layout",
+                "sgd_sai/weight_layouts.py",
             ),
         },
     },

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ..internals.base import closure_loss, lr_of, params_with_grad
 from ..internals.loading import DescribedState
+from ..muon_checks import check_step
 from ..muon_groups import as_muon_groups, rate_of_others, with_defaults
-from ..muon_step import check_matrices, step_matrices
+from ..muon_step import step_matrices
 
 
 # %% ../../nbs/experiments/muon_adamw.ipynb #d2c69de1
@@ -23,7 +24,7 @@ def _state_shapes(self: "MuonAdamW", p: Tensor, group: dict) -> dict:
 
 # %% ../../nbs/experiments/muon_adamw.ipynb #ee2a0ff3
 class MuonAdamW(DescribedState, torch.optim.AdamW):
-    "Muon on the hidden matrices of a model, AdamW on everything else. Raises as `as_muon_groups` and `check_matrices`."
+    "Muon on the hidden matrices of a model, AdamW on everything else. Raises as `as_muon_groups` and `check_step`."
 
     def __init__(
         self,
@@ -49,13 +50,11 @@ class MuonAdamW(DescribedState, torch.optim.AdamW):
         for group in groups:
             if group["muon"]:
                 matrices.append((group, [(p, p.grad, self.state.get(p)) for p in params_with_grad(self, group)]))
-        check_matrices(self, matrices)
+        check_step(self, matrices)
         self.param_groups = [group | {"lr": lr_of(group)} for group in groups if not group["muon"]]
         try:
             super().step()
         finally:
             self.param_groups = groups
-        for group, entries in matrices:
-            if entries:
-                step_matrices(self, group, entries)
+        step_matrices(self, matrices)
         return loss

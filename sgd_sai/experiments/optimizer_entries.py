@@ -227,16 +227,34 @@ def torch_muon(params: list[nn.Parameter], **settings) -> list[torch.optim.Optim
 
 # %% ../../nbs/experiments/optimizer_entries.ipynb #98249a3b
 _muon = dict(takes_model=True, from_named=groups_by_shape)
+_muon_sai = OptimizerEntry(
+    "muon_sai",
+    MuonSaI,
+    "Muon + SGD-SaI",
+    "#BE185D",
+    state=rules.muon_rule(rules.sgd_sai_rule),
+    traffic=_MOMENTUM,
+    benchmark=StepBenchmark(label="MuonSaI", usual=False),  # one step of a large model takes many seconds on a CPU
+    **_muon,
+)
+_RESTS = {  # name of the rule, label, colour
+    "sign": ("Muon + sign", "#DB2777"),
+    "row_norm": ("Muon + row norm", "#9D174D"),
+    "adams": ("Muon + AdamS", "#F472B6"),
+    "scion": ("Muon as Scion", "#831843"),
+}
 ENTRIES += [
-    OptimizerEntry(
-        "muon_sai",
-        MuonSaI,
-        "Muon + SGD-SaI",
-        "#BE185D",
-        state=rules.muon_rule(rules.sgd_sai_rule),
-        traffic=_MOMENTUM,
-        benchmark=StepBenchmark(label="MuonSaI", usual=False),  # one step of a large model takes many seconds on a CPU
-        **_muon,
+    _muon_sai,
+    *(
+        variant(
+            _muon_sai,
+            f"muon_sai:{rest}",
+            label,
+            {"rest": rest} | ({"adjust_lr": "spectral_unclamped"} if rest == "scion" else {}),
+            color=color,
+            state=rules.muon_rule(rules.per_parameter(["momentum_buffer"])),
+        )
+        for rest, (label, color) in _RESTS.items()
     ),
     OptimizerEntry(
         "muon_adamw",
