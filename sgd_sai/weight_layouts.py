@@ -150,7 +150,7 @@ def _alternates(config) -> bool:
     return kind in _BY_HEAD or (kind == "gpt_bigcode" and not config.multi_query)
 
 
-# %% ../nbs/optimizers/weight_layouts.ipynb #fdbcb3b1
+# %% ../nbs/optimizers/weight_layouts.ipynb #251fd146
 def _parts_of_heads(outputs: int, heads: int, key_heads: int, size: int, config) -> tuple[int, ...] | None:
     "Sizes of query, key and value from the numbers of heads and the size of each; None if they do not add up."
     kind = getattr(config, "model_type", "")
@@ -173,8 +173,9 @@ def _fused_parts(outputs: int, inputs: int, name: str, holder, config) -> tuple[
         parts = _parts_of_heads(outputs, heads, key_heads, size or inputs // heads, config)
         if parts:
             return parts
-    if outputs == 3 * inputs:
-        return (inputs,) * 3
+    thirds_of_heads = heads and heads == key_heads and name in ("qkv", "to_qkv") and outputs % (3 * heads) == 0
+    if outputs == 3 * inputs or thirds_of_heads:
+        return (outputs // 3,) * 3
     return (inputs,) * 2 if name == "c_attn" and outputs == 2 * inputs else None
 
 
