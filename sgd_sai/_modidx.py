@@ -3418,8 +3418,8 @@ d = {
             "sgd_sai.muon_roles._around": ("optimizers/muon_roles.html#_around", "sgd_sai/muon_roles.py"),
             "sgd_sai.muon_roles._by_patterns": ("optimizers/muon_roles.html#_by_patterns", "sgd_sai/muon_roles.py"),
             "sgd_sai.muon_roles._channels": ("optimizers/muon_roles.html#_channels", "sgd_sai/muon_roles.py"),
-            "sgd_sai.muon_roles._checked_layout": (
-                "optimizers/muon_roles.html#_checked_layout",
+            "sgd_sai.muon_roles._checked_option": (
+                "optimizers/muon_roles.html#_checked_option",
                 "sgd_sai/muon_roles.py",
             ),
             "sgd_sai.muon_roles._checked_settings": (
@@ -3455,6 +3455,7 @@ d = {
             "sgd_sai.muon_roles._sees_pictures": ("optimizers/muon_roles.html#_sees_pictures", "sgd_sai/muon_roles.py"),
             "sgd_sai.muon_roles._weight_layers": ("optimizers/muon_roles.html#_weight_layers", "sgd_sai/muon_roles.py"),
             "sgd_sai.muon_roles._why_vector": ("optimizers/muon_roles.html#_why_vector", "sgd_sai/muon_roles.py"),
+            "sgd_sai.muon_roles._with_layout": ("optimizers/muon_roles.html#_with_layout", "sgd_sai/muon_roles.py"),
             "sgd_sai.muon_roles.parameter_roles": (
                 "optimizers/muon_roles.html#parameter_roles",
                 "sgd_sai/muon_roles.py",

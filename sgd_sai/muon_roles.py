@@ -39,9 +39,9 @@ class ParameterRole(NamedTuple):
     settings: dict = {}  # further hyperparameters that an override asks for
 
 
-# %% ../nbs/optimizers/muon_roles.ipynb #8b2e211f
+# %% ../nbs/optimizers/muon_roles.ipynb #7571fbd2
 _NORM = re.compile(r"Norm(?!al|ed|Lin)|GRN$")
-_BIAS = re.compile(r"(^|_)bias(_|$)(?!table)|^bias_")
+_BIAS = re.compile("(^|_)bias(_(?!table)|$)")
 _SCALE = re.compile(r"scale|gamma|gain|beta|magnitude|ia3")
 _LORA = re.compile(r"\.lora_(embedding_)?[AB]\.")
 _OF_CHANNELS = {"A_log", "D"}  # of the state spaces of Mamba
@@ -62,7 +62,7 @@ def _is_weight(parameter: LayerParameter) -> bool:
     return bool(is_named) or _is_stack_of_experts(parameter)
 
 
-# %% ../nbs/optimizers/muon_roles.ipynb #a32f0afe
+# %% ../nbs/optimizers/muon_roles.ipynb #3ad088b5
 def _why_vector(parameter: LayerParameter) -> str:
     "Why a parameter is none of matrices for certain; empty if it may be one."
     p, module = parameter.param, parameter.module
@@ -119,7 +119,7 @@ def _weight_layers(parameters: list[LayerParameter]) -> list[_Layer]:
     return [*layers.values()]
 
 
-# %% ../nbs/optimizers/muon_roles.ipynb #d08f32cc
+# %% ../nbs/optimizers/muon_roles.ipynb #15896b5f
 _TIED, _OUTPUT = "tied", "output embedding"  # reasons for a head
 _INPUTS = {"x_embedder", "context_embedder", "patch_embed", "patch_embedding", "img_in", "txt_in", "conv_in"}
 
@@ -148,6 +148,7 @@ def _sees_pictures(layer: _Layer, before: list[_Layer]) -> bool:
     return all(_outputs(other) != channels for other in beside)
 
 
+# %% ../nbs/optimizers/muon_roles.ipynb #abe639db
 def _input_layers(layers: list[_Layer], blocks: set[str], in_lists: set[str], heads: dict) -> dict[str, str]:
     "Why a layer reads the data, by its path."
     ends = {_around(path) for path, why in heads.items() if why in (_TIED, _OUTPUT)} - {""}
@@ -256,7 +257,7 @@ class _Rule:
         return "matrix", f"{_kind(parameter.module)} between others"
 
 
-# %% ../nbs/optimizers/muon_roles.ipynb #cacabe8d
+# %% ../nbs/optimizers/muon_roles.ipynb #be5e1232
 def _layout_in(parameter: LayerParameter, rule: _Rule) -> WeightLayout:
     "How a parameter is made of matrices, as a weight of this layer."
     holder, name = parameter.module, parameter.weight.removesuffix("_weight")
@@ -279,9 +280,9 @@ def _role(name: str, p: nn.Parameter, rule: _Rule) -> ParameterRole:
     if why == _TIED:
         why = "tied with " + [place.name for place in places if place.name != name][-1]
     if role != "matrix":
-        return ParameterRole(name, p, role, why)
+        return ParameterRole(name, p, role, why, settings={})
     layout = _layout_in(places[0], rule)
-    return ParameterRole(name, p, role, layout.why or why, *layout[:3])
+    return ParameterRole(name, p, role, layout.why or why, *layout[:3], settings={})
 
 
 # %% ../nbs/optimizers/muon_roles.ipynb #83754fa0
@@ -306,7 +307,7 @@ def _by_patterns(roles: dict, names: list[str]) -> Callable:
     return lambda name, p: next((wanted for pattern, wanted in patterns if pattern.search(name)), None)
 
 
-# %% ../nbs/optimizers/muon_roles.ipynb #d8890d41
+# %% ../nbs/optimizers/muon_roles.ipynb #4985d815
 def _checked_settings(wanted, name: str) -> dict:
     "The settings that an override asks for. Raises `ValueError` for what is neither a role nor settings."
     settings = {"role": wanted} if isinstance(wanted, str) else wanted
@@ -321,17 +322,31 @@ def _checked_settings(wanted, name: str) -> dict:
     return settings
 
 
-def _checked_layout(row: ParameterRole) -> ParameterRole:
-    "A role with a layout that fits. Raises `ValueError` otherwise."
+def _checked_option(key: str, value):
+    "A setting of the layout, with lists as tuples. Raises `ValueError` for what it cannot be."
+    if key != "split":
+        if not isinstance(value, bool):
+            raise ValueError(f"{key} has to be True or False, but is {value!r}")
+        return value
+    sizes = value if isinstance(value, (list, tuple)) else [value]
+    if value is not None and not all(isinstance(n, int) and not isinstance(n, bool) for n in sizes):
+        raise ValueError(f"split has to be None, a number or a tuple of numbers, but is {value!r}")
+    return tuple(value) if isinstance(value, list) else value
+
+
+# %% ../nbs/optimizers/muon_roles.ipynb #b4fd43fc
+def _with_layout(row: ParameterRole, layout: dict) -> ParameterRole:
+    "A role with the layout that is asked for. Raises `ValueError` if it does not fit."
     try:
+        row = row._replace(**{key: _checked_option(key, value) for key, value in layout.items()})
         if row.role == "matrix":
             matrix_shapes(row.param.shape, row)
-        elif any(getattr(row, key) for key in _LAYOUT):
-            raise ValueError(f"{', '.join(_LAYOUT)} are for the role 'matrix', and its role is {row.role!r}")
+        elif any(layout.values()):
+            raise ValueError(f"{', '.join(layout)} is for the role 'matrix', and its role is {row.role!r}")
     except ValueError as e:
         hint = "; a pattern that ends in 'weight' leaves out the biases" if row.name.endswith("bias") else ""
         raise ValueError(f"roles: {row.name!r}: {e}{hint}") from e
-    return row
+    return row._replace(why="asked for") if layout else row
 
 
 def _overridden(row: ParameterRole, wanted, rule: _Rule) -> ParameterRole:
@@ -343,7 +358,7 @@ def _overridden(row: ParameterRole, wanted, rule: _Rule) -> ParameterRole:
         place = rule.places[id(row.param)][0]
         usual = _layout_in(place, rule) if role == "matrix" and row.param.ndim > 1 else WeightLayout()
         row = ParameterRole(row.name, row.param, role, "asked for", *usual[:3])
-    return _checked_layout(row._replace(settings=settings, **layout, **({"why": "asked for"} if layout else {})))
+    return _with_layout(row._replace(settings=settings), layout)
 
 
 # %% ../nbs/optimizers/muon_roles.ipynb #d7499501
