@@ -82,15 +82,16 @@ def _convolution_layout(module: nn.Module) -> WeightLayout:
     return WeightLayout(split=channels // module.groups, why="a matrix for each group")
 
 
-# %% ../nbs/optimizers/weight_layouts.ipynb #a8d000aa
+# %% ../nbs/optimizers/weight_layouts.ipynb #593d8aa8
 _PARTNERS = {"gate_up_proj": "down_proj", "w12": "w3", "Wi": "Wo"}  # gate and up in one, and what reads their product
 
 
-def _tensor(holder, name: str) -> Tensor | None:
-    "The parameter, or the weight of the layer, that a module has under a name."
-    found = getattr(holder, name, None)
-    found = getattr(found, "weight", found)
-    return found if isinstance(found, Tensor) else None
+def _tensor(holder: nn.Module, name: str) -> Tensor | None:
+    "The parameter, or the weight of the layer, that a module has under a name. Nothing is computed for it."
+    layer = holder._modules.get(name)
+    if layer is None:
+        return holder._parameters.get(name)
+    return layer._modules.get("base_layer", layer)._parameters.get("weight")  # without LoRA
 
 
 def _experts_transposed(holder: nn.Module, name: str, p: Tensor) -> bool:

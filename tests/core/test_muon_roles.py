@@ -248,6 +248,7 @@ def test_parameters_of_no_layer():
         table=(5, 3),
         layer_scale=(8, 1, 1),
         gamma=(1, 1, 8),
+        temperature=(4, 1, 1),
         expert_bias=(4, 8),
         bias_table=(7, 2),
         text_projection=(8, 5),
@@ -258,6 +259,7 @@ def test_parameters_of_no_layer():
         "embedding",
         "embedding",
         "embedding",
+        "vector",
         "vector",
         "vector",
         "vector",
@@ -307,6 +309,23 @@ def test_stacks_of_experts():
     assert [(row.role, row.stacked) for row in rows] == [("matrix", True)] * 3 + [("matrix", False)]
     assert weights_of(between(Loose(q=(16, 4, 8), k=(16, 4, 8))))["1.q"] == "embedding"  # more "matrices" than rows
     assert weights_of(between(nn.Linear(8, 8), Loose(prompts=(4, 8, 8))))["2.prompts"] == "embedding"
+
+
+def test_a_module_of_experts_is_told_by_its_name():
+    class Experts(Loose):
+        pass
+
+    assert weights_of(between(Experts(up=(4, 16, 8))))["1.up"] == "matrix"
+    assert weights_of(between(Loose(up=(4, 16, 8))))["1.up"] == "embedding"
+
+
+def test_nothing_is_computed_or_changed():
+    torch.manual_seed(0)
+    parts = {"gate_up_proj": nn.Linear(8, 32), "down_proj": nn.Linear(16, 8)}
+    model = between(nn.ModuleDict({name: parametrizations.spectral_norm(layer) for name, layer in parts.items()}))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    role_table(model, by_head=True)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def expert_layout(name, **shapes):
