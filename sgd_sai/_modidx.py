@@ -3471,16 +3471,12 @@ d = {
             ),
             "sgd_sai.muon_roles._Rule": ("optimizers/muon_roles.html#_rule", "sgd_sai/muon_roles.py"),
             "sgd_sai.muon_roles._Rule.__init__": ("optimizers/muon_roles.html#_rule.__init__", "sgd_sai/muon_roles.py"),
-            "sgd_sai.muon_roles._Rule.layout_in": (
-                "optimizers/muon_roles.html#_rule.layout_in",
-                "sgd_sai/muon_roles.py",
-            ),
-            "sgd_sai.muon_roles._Rule.role": ("optimizers/muon_roles.html#_rule.role", "sgd_sai/muon_roles.py"),
             "sgd_sai.muon_roles._Rule.role_in": ("optimizers/muon_roles.html#_rule.role_in", "sgd_sai/muon_roles.py"),
+            "sgd_sai.muon_roles._around": ("optimizers/muon_roles.html#_around", "sgd_sai/muon_roles.py"),
             "sgd_sai.muon_roles._by_patterns": ("optimizers/muon_roles.html#_by_patterns", "sgd_sai/muon_roles.py"),
             "sgd_sai.muon_roles._channels": ("optimizers/muon_roles.html#_channels", "sgd_sai/muon_roles.py"),
-            "sgd_sai.muon_roles._checked_layout": (
-                "optimizers/muon_roles.html#_checked_layout",
+            "sgd_sai.muon_roles._checked_option": (
+                "optimizers/muon_roles.html#_checked_option",
                 "sgd_sai/muon_roles.py",
             ),
             "sgd_sai.muon_roles._checked_settings": (
@@ -3490,12 +3486,17 @@ d = {
             "sgd_sai.muon_roles._compiled": ("optimizers/muon_roles.html#_compiled", "sgd_sai/muon_roles.py"),
             "sgd_sai.muon_roles._head_layers": ("optimizers/muon_roles.html#_head_layers", "sgd_sai/muon_roles.py"),
             "sgd_sai.muon_roles._input_layers": ("optimizers/muon_roles.html#_input_layers", "sgd_sai/muon_roles.py"),
+            "sgd_sai.muon_roles._is_called_head": (
+                "optimizers/muon_roles.html#_is_called_head",
+                "sgd_sai/muon_roles.py",
+            ),
             "sgd_sai.muon_roles._is_stack_of_experts": (
                 "optimizers/muon_roles.html#_is_stack_of_experts",
                 "sgd_sai/muon_roles.py",
             ),
             "sgd_sai.muon_roles._is_weight": ("optimizers/muon_roles.html#_is_weight", "sgd_sai/muon_roles.py"),
             "sgd_sai.muon_roles._kind": ("optimizers/muon_roles.html#_kind", "sgd_sai/muon_roles.py"),
+            "sgd_sai.muon_roles._layout_in": ("optimizers/muon_roles.html#_layout_in", "sgd_sai/muon_roles.py"),
             "sgd_sai.muon_roles._loose_role": ("optimizers/muon_roles.html#_loose_role", "sgd_sai/muon_roles.py"),
             "sgd_sai.muon_roles._output_embedding": (
                 "optimizers/muon_roles.html#_output_embedding",
@@ -3503,6 +3504,7 @@ d = {
             ),
             "sgd_sai.muon_roles._outputs": ("optimizers/muon_roles.html#_outputs", "sgd_sai/muon_roles.py"),
             "sgd_sai.muon_roles._overridden": ("optimizers/muon_roles.html#_overridden", "sgd_sai/muon_roles.py"),
+            "sgd_sai.muon_roles._role": ("optimizers/muon_roles.html#_role", "sgd_sai/muon_roles.py"),
             "sgd_sai.muon_roles._says_it_has_no_head": (
                 "optimizers/muon_roles.html#_says_it_has_no_head",
                 "sgd_sai/muon_roles.py",
@@ -3510,6 +3512,7 @@ d = {
             "sgd_sai.muon_roles._sees_pictures": ("optimizers/muon_roles.html#_sees_pictures", "sgd_sai/muon_roles.py"),
             "sgd_sai.muon_roles._weight_layers": ("optimizers/muon_roles.html#_weight_layers", "sgd_sai/muon_roles.py"),
             "sgd_sai.muon_roles._why_vector": ("optimizers/muon_roles.html#_why_vector", "sgd_sai/muon_roles.py"),
+            "sgd_sai.muon_roles._with_layout": ("optimizers/muon_roles.html#_with_layout", "sgd_sai/muon_roles.py"),
             "sgd_sai.muon_roles.parameter_roles": (
                 "optimizers/muon_roles.html#parameter_roles",
                 "sgd_sai/muon_roles.py",

@@ -74,7 +74,7 @@ def is_gain(
     return parameter.is_part and sum(n > 1 for n in parameter.param.shape) < 2
 
 
-# %% ../nbs/optimizers/model_layers.ipynb #c8d05aca
+# %% ../nbs/optimizers/model_layers.ipynb #82a396b3
 def _is_composite(module: nn.Module) -> bool:
     "True if a module consists of others, LoRA's aside."
     return any(not _INSIDE.search(name) for name, _ in module.named_children())
@@ -94,7 +94,7 @@ def repeated_blocks(
                 for name, child in items.items()
                 if type(child) is not nn.Sequential and kinds.count(type(child)) > 1
             }
-        elif not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        elif not isinstance(module, nn.ModuleList):
             continue
         blocks |= {f"{path}.{name}".lstrip(".") for name in items}
     return blocks

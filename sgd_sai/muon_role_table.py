@@ -28,7 +28,7 @@ class RoleRow(NamedTuple):
     why: str  # the reason for its role
 
 
-# %% ../nbs/optimizers/muon_role_table.ipynb #c6f8b27b
+# %% ../nbs/optimizers/muon_role_table.ipynb #fa367241
 _WIDTH = 120  # of the text, in characters
 
 
@@ -48,6 +48,7 @@ def _role_cells(row: RoleRow, columns: list[str]) -> list[str]:
     return [words.get(key, getattr(row, key)) for key in columns]
 
 
+# %% ../nbs/optimizers/muon_role_table.ipynb #659f3d00
 class RoleTable(list):
     "Rows of `role_table`, one `RoleRow` per parameter: prints as text, shows as HTML, converts."
 

@@ -39,20 +39,21 @@ class ParameterRole(NamedTuple):
     settings: dict = {}  # further hyperparameters that an override asks for
 
 
-# %% ../nbs/optimizers/muon_roles.ipynb #65d03549
-_NORM = re.compile(r"(Norm|RMSNorm|GRN)(\dd)?$")
-_BIAS = re.compile(r"(^|_)bias(_|$)(?!table)|^bias_")
+# %% ../nbs/optimizers/muon_roles.ipynb #7571fbd2
+_NORM = re.compile(r"Norm(?!al|ed|Lin)|GRN$")
+_BIAS = re.compile("(^|_)bias(_(?!table)|$)")
 _SCALE = re.compile(r"scale|gamma|gain|beta|magnitude|ia3")
 _LORA = re.compile(r"\.lora_(embedding_)?[AB]\.")
+_OF_CHANNELS = {"A_log", "D"}  # of the state spaces of Mamba
 
 
 def _is_stack_of_experts(parameter: LayerParameter) -> bool:
-    "True for a parameter of three long dimensions in a module of experts, or beside another of as many matrices."
+    "True for three long dimensions in a module of experts, or beside others with as many matrices, not more than rows."
     p, module = parameter.param, parameter.module
     if p.ndim != 3 or min(p.shape) < 2 or is_convolution(module):
         return False
-    others = [q for q in module.parameters(recurse=False) if q.ndim == 3 and q.shape[0] == p.shape[0]]
-    return len(others) > 1 or bool(re.search("expert|moe", type(module).__name__ + parameter.layer, re.IGNORECASE))
+    alike = [q for q in module.parameters(recurse=False) if q.ndim == 3 and q.shape[0] == p.shape[0] <= min(q.shape)]
+    return len(alike) > 1 or bool(re.search("expert|moe", type(module).__name__ + parameter.layer, re.IGNORECASE))
 
 
 def _is_weight(parameter: LayerParameter) -> bool:
@@ -61,7 +62,7 @@ def _is_weight(parameter: LayerParameter) -> bool:
     return bool(is_named) or _is_stack_of_experts(parameter)
 
 
-# %% ../nbs/optimizers/muon_roles.ipynb #21b7058b
+# %% ../nbs/optimizers/muon_roles.ipynb #4ecfb631
 def _why_vector(parameter: LayerParameter) -> str:
     "Why a parameter is none of matrices for certain; empty if it may be one."
     p, module = parameter.param, parameter.module
@@ -77,7 +78,7 @@ def _why_vector(parameter: LayerParameter) -> str:
         return "bias"
     if is_depthwise(module):
         return "depthwise convolution"
-    if getattr(p, "_no_weight_decay", False) or parameter.weight == "A_log":
+    if getattr(p, "_no_weight_decay", False) or parameter.weight in _OF_CHANNELS:
         return "parameter of each channel"
     return ""
 
@@ -118,8 +119,14 @@ def _weight_layers(parameters: list[LayerParameter]) -> list[_Layer]:
     return [*layers.values()]
 
 
-# %% ../nbs/optimizers/muon_roles.ipynb #7243bc0c
-_INPUTS = {"x_embedder", "context_embedder", "img_in", "txt_in", "conv_in"}
+# %% ../nbs/optimizers/muon_roles.ipynb #15896b5f
+_TIED, _OUTPUT = "tied", "output embedding"  # reasons for a head
+_INPUTS = {"x_embedder", "context_embedder", "patch_embed", "patch_embedding", "img_in", "txt_in", "conv_in"}
+
+
+def _around(path: str) -> str:
+    "Path of the module around another."
+    return path.rpartition(".")[0]
 
 
 def _channels(layer: _Layer) -> int | None:
@@ -137,12 +144,15 @@ def _sees_pictures(layer: _Layer, before: list[_Layer]) -> bool:
     channels = _channels(layer)
     if channels is None or channels > 4 or layer.module.groups > 1:
         return False
-    around = layer.path.rpartition(".")[0]
-    return all(_outputs(other) != channels for other in before if other.path.rpartition(".")[0] == around)
+    beside = [other for other in before if _around(other.path) == _around(layer.path)]
+    return all(_outputs(other) != channels for other in beside)
 
 
-def _input_layers(layers: list[_Layer], blocks: set[str], in_lists: set[str]) -> dict[str, str]:
+# %% ../nbs/optimizers/muon_roles.ipynb #abe639db
+def _input_layers(layers: list[_Layer], blocks: set[str], in_lists: set[str], heads: dict) -> dict[str, str]:
     "Why a layer reads the data, by its path."
+    ends = {_around(path) for path, why in heads.items() if why in (_TIED, _OUTPUT)} - {""}
+    layers = [layer for layer in layers if layer.path not in heads and _around(layer.path) not in ends]
     inputs = {}
     for i, layer in enumerate(layers):
         if not layer.is_embedding and not is_within(layer.path, blocks):
@@ -150,24 +160,27 @@ def _input_layers(layers: list[_Layer], blocks: set[str], in_lists: set[str]) ->
                 inputs[layer.path] = f"{layer.last_name}: reads the data"
             elif _sees_pictures(layer, layers[:i]):
                 inputs[layer.path] = "convolution that reads the data"
-    if not inputs and layers and not layers[0].is_embedding:
-        is_inside = is_within(layers[0].path, in_lists) and not _sees_pictures(layers[0], [])
-        if not is_inside:
-            inputs[layers[0].path] = "first layer: reads the data"
+    first = None if inputs or not layers or layers[0].is_embedding else layers[0]
+    if first and (not is_within(first.path, in_lists) or _sees_pictures(first, [])):
+        inputs[first.path] = "first layer: reads the data"
     return inputs
 
 
-# %% ../nbs/optimizers/muon_roles.ipynb #a7db991b
+# %% ../nbs/optimizers/muon_roles.ipynb #449c9772
 _HEADS = set(
-    "lm_head classifier qa_outputs visual_projection text_projection class_labels_classifier conv_out proj_out "
+    "lm_head classifier qa_outputs visual_projection text_projection class_labels_classifier "
     "cls_logits cls_score bbox_pred mask_fcn_logits seq_relationship summary embed_out".split()
 )
+_HEADS_OF_NETWORKS = {"conv_out", "proj_out"}  # in a module that holds the blocks
+_NO_HEAD = re.compile("attn|attention|embed")
 _HEADS_IF_LAST = {"fc", "head", "head_dist", "score", "output"}
 
 
 def _says_it_has_no_head(model: nn.Module) -> bool:
-    "True for base models of transformers and for models of timm without classes."
-    return getattr(model, "base_model", None) is model or getattr(model, "num_classes", None) == 0
+    "True for base models of transformers, which are called so, and for models of timm without classes."
+    is_base = getattr(model, "base_model_prefix", "") and model.base_model is model
+    is_called_so = type(model).__name__.endswith(("Model", "Encoder", "Decoder"))
+    return (is_base and is_called_so) or getattr(model, "num_classes", None) == 0
 
 
 def _output_embedding(model: nn.Module) -> str | None:
@@ -179,24 +192,34 @@ def _output_embedding(model: nn.Module) -> str | None:
     return next((path for path, module in model.named_modules() if module is found), None)
 
 
+# %% ../nbs/optimizers/muon_roles.ipynb #9ca83627
+def _is_called_head(layer: _Layer, networks: set[str]) -> bool:
+    "True for a layer with the name of a head, neither in attention nor among embeddings."
+    around = _around(layer.path)
+    if layer.last_name in _HEADS_OF_NETWORKS:
+        return around in networks
+    return layer.last_name in _HEADS and not _NO_HEAD.search(around)
+
+
 def _head_layers(model: nn.Module, layers: list[_Layer], blocks: set[str]) -> dict[str, str]:
     "Why a layer writes the output, by its path."
     embedded = {id(w.param) for layer in layers if layer.is_embedding for w in layer.weights}
     ends = [layer for layer in layers if not layer.is_embedding]
     free = [layer for layer in ends if not is_within(layer.path, blocks)]
-    heads = {layer.path: f"called {layer.last_name}" for layer in free if layer.last_name in _HEADS}
-    output = _output_embedding(model)
-    heads |= {layer.path: "output embedding" for layer in ends if layer.path == output}
-    heads |= {layer.path: "tied" for layer in ends if any(id(w.param) in embedded for w in layer.weights)}
+    output, networks = {_output_embedding(model)}, {_around(_around(block)) for block in blocks}
+    heads = {layer.path: f"called {layer.last_name}" for layer in free if _is_called_head(layer, networks)}
+    heads |= {layer.path: _OUTPUT for layer in ends if is_within(layer.path, output)}
+    heads |= {layer.path: _TIED for layer in ends if any(id(w.param) in embedded for w in layer.weights)}
     last = ends[-1] if ends else None
-    if last not in free or "pooler" in last.path:
+    if last not in free or "pooler" in last.path or _says_it_has_no_head(model):
         return heads
     if last.last_name in _HEADS_IF_LAST:
-        return {end.path: f"called {end.last_name}" for end in free if end.last_name in _HEADS_IF_LAST} | heads
-    return heads if heads or _says_it_has_no_head(model) else {last.path: "last layer"}
+        beside = [layer for layer in free if _around(layer.path) == _around(last.path)]
+        return {end.path: f"called {end.last_name}" for end in beside if end.last_name in _HEADS_IF_LAST} | heads
+    return heads or {last.path: "last layer"}
 
 
-# %% ../nbs/optimizers/muon_roles.ipynb #7be08c4a
+# %% ../nbs/optimizers/muon_roles.ipynb #38cfcc2a
 def _kind(module: nn.Module) -> str:
     "What to call a layer."
     if is_convolution(module):
@@ -214,9 +237,9 @@ class _Rule:
         for parameter in listed:
             self.places.setdefault(id(parameter.param), []).append(parameter)
         self.blocks, layers = repeated_blocks(model), _weight_layers(listed)
-        in_lists = {b for b in self.blocks if isinstance(self.modules[b.rpartition(".")[0]], nn.ModuleList)}
+        in_lists = {block for block in self.blocks if isinstance(self.modules[_around(block)], nn.ModuleList)}
         self.heads = _head_layers(model, layers, self.blocks)
-        self.inputs = _input_layers(layers, self.blocks, in_lists)
+        self.inputs = _input_layers(layers, self.blocks, in_lists, self.heads)
 
     def role_in(self, parameter: LayerParameter) -> tuple[str, str]:
         "Role and reason of a parameter in one of its layers."
@@ -233,32 +256,33 @@ class _Rule:
             return "embedding", self.inputs[parameter.layer]
         return "matrix", f"{_kind(parameter.module)} between others"
 
-    def layout_in(self, parameter: LayerParameter) -> WeightLayout:
-        "How a parameter is made of matrices, as a weight of this layer."
-        holder, name = parameter.module, parameter.weight.removesuffix("_weight")
-        if name == "weight":
-            around, _, name = parameter.layer.rpartition(".")
-            holder = self.modules[around]
-        if _LORA.search(parameter.name):
-            name = ""  # whatever the layer is made of, these are two matrices
-        path, config = parameter.layer, None
-        while config is None and path:
-            path = path.rpartition(".")[0]
-            config = getattr(self.modules[path], "config", None)
-        return weight_layout(parameter.param, parameter.module, name, holder, config, self.by_head)
 
-    def role(self, name: str, p: nn.Parameter) -> ParameterRole:
-        "The role of a parameter."
-        places = self.places[id(p)]
-        found = [self.role_in(place) for place in places]
-        role, why = min(found, key=lambda pair: ("head", "embedding", "vector", "matrix").index(pair[0]))
-        if why == "tied":
-            others = [place.name for place, (other, _) in zip(places, found, strict=True) if place.name != name]
-            why = f"tied with {others[-1]}"
-        if role != "matrix":
-            return ParameterRole(name, p, role, why)
-        layout = self.layout_in(places[0])
-        return ParameterRole(name, p, role, layout.why or why, *layout[:3])
+# %% ../nbs/optimizers/muon_roles.ipynb #be5e1232
+def _layout_in(parameter: LayerParameter, rule: _Rule) -> WeightLayout:
+    "How a parameter is made of matrices, as a weight of this layer."
+    holder, name = parameter.module, parameter.weight.removesuffix("_weight")
+    if name == "weight":
+        holder, name = rule.modules[_around(parameter.layer)], parameter.layer.rpartition(".")[2]
+    if _LORA.search(parameter.name):
+        name = ""  # whatever the layer is made of, these are two matrices
+    path, config = parameter.layer, None
+    while config is None and path:
+        path = _around(path)
+        config = getattr(rule.modules[path], "config", None)
+    return weight_layout(parameter.param, parameter.module, name, holder, config, rule.by_head)
+
+
+def _role(name: str, p: nn.Parameter, rule: _Rule) -> ParameterRole:
+    "The role of a parameter."
+    places = rule.places[id(p)]
+    found = [rule.role_in(place) for place in places]
+    role, why = min(found, key=lambda pair: ("head", "embedding", "vector", "matrix").index(pair[0]))
+    if why == _TIED:
+        why = "tied with " + [place.name for place in places if place.name != name][-1]
+    if role != "matrix":
+        return ParameterRole(name, p, role, why, settings={})
+    layout = _layout_in(places[0], rule)
+    return ParameterRole(name, p, role, layout.why or why, *layout[:3], settings={})
 
 
 # %% ../nbs/optimizers/muon_roles.ipynb #83754fa0
@@ -283,7 +307,7 @@ def _by_patterns(roles: dict, names: list[str]) -> Callable:
     return lambda name, p: next((wanted for pattern, wanted in patterns if pattern.search(name)), None)
 
 
-# %% ../nbs/optimizers/muon_roles.ipynb #03fff8a8
+# %% ../nbs/optimizers/muon_roles.ipynb #4985d815
 def _checked_settings(wanted, name: str) -> dict:
     "The settings that an override asks for. Raises `ValueError` for what is neither a role nor settings."
     settings = {"role": wanted} if isinstance(wanted, str) else wanted
@@ -298,17 +322,31 @@ def _checked_settings(wanted, name: str) -> dict:
     return settings
 
 
-def _checked_layout(row: ParameterRole) -> ParameterRole:
-    "A role with a layout that fits. Raises `ValueError` otherwise."
+def _checked_option(key: str, value):
+    "A setting of the layout, with lists as tuples. Raises `ValueError` for what it cannot be."
+    if key != "split":
+        if not isinstance(value, bool):
+            raise ValueError(f"{key} has to be True or False, but is {value!r}")
+        return value
+    sizes = value if isinstance(value, (list, tuple)) else [value]
+    if value is not None and not all(isinstance(n, int) and not isinstance(n, bool) for n in sizes):
+        raise ValueError(f"split has to be None, a number or a tuple of numbers, but is {value!r}")
+    return tuple(value) if isinstance(value, list) else value
+
+
+# %% ../nbs/optimizers/muon_roles.ipynb #b4fd43fc
+def _with_layout(row: ParameterRole, layout: dict) -> ParameterRole:
+    "A role with the layout that is asked for. Raises `ValueError` if it does not fit."
     try:
+        row = row._replace(**{key: _checked_option(key, value) for key, value in layout.items()})
         if row.role == "matrix":
             matrix_shapes(row.param.shape, row)
-        elif any(getattr(row, key) for key in _LAYOUT):
-            raise ValueError(f"{', '.join(_LAYOUT)} are for the role 'matrix', and its role is {row.role!r}")
+        elif any(layout.values()):
+            raise ValueError(f"{', '.join(layout)} is for the role 'matrix', and its role is {row.role!r}")
     except ValueError as e:
         hint = "; a pattern that ends in 'weight' leaves out the biases" if row.name.endswith("bias") else ""
         raise ValueError(f"roles: {row.name!r}: {e}{hint}") from e
-    return row
+    return row._replace(why="asked for") if layout else row
 
 
 def _overridden(row: ParameterRole, wanted, rule: _Rule) -> ParameterRole:
@@ -318,12 +356,12 @@ def _overridden(row: ParameterRole, wanted, rule: _Rule) -> ParameterRole:
     layout = {key: settings.pop(key) for key in _LAYOUT if key in settings}
     if role != row.role:
         place = rule.places[id(row.param)][0]
-        usual = rule.layout_in(place) if role == "matrix" and row.param.ndim > 1 else WeightLayout()
+        usual = _layout_in(place, rule) if role == "matrix" and row.param.ndim > 1 else WeightLayout()
         row = ParameterRole(row.name, row.param, role, "asked for", *usual[:3])
-    return _checked_layout(row._replace(settings=settings, **layout, **({"why": "asked for"} if layout else {})))
+    return _with_layout(row._replace(settings=settings), layout)
 
 
-# %% ../nbs/optimizers/muon_roles.ipynb #d8531614
+# %% ../nbs/optimizers/muon_roles.ipynb #d7499501
 def parameter_roles(
     model: nn.Module,
     roles: Callable | dict | None = None,  # overrides: (name, parameter) -> role, settings or None; or by patterns
@@ -339,7 +377,7 @@ def parameter_roles(
         raise ValueError(f"roles has to be a function, a dictionary or None, but got {roles!r}")
     rows = []
     for name, p in named:
-        row = rule.role(name, p)
+        row = _role(name, p, rule)
         wanted = roles(name, p) if roles else None
         rows.append(row if wanted is None else _overridden(row, wanted, rule))
     return rows

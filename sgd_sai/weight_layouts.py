@@ -82,15 +82,16 @@ def _convolution_layout(module: nn.Module) -> WeightLayout:
     return WeightLayout(split=channels // module.groups, why="a matrix for each group")
 
 
-# %% ../nbs/optimizers/weight_layouts.ipynb #a8d000aa
+# %% ../nbs/optimizers/weight_layouts.ipynb #593d8aa8
 _PARTNERS = {"gate_up_proj": "down_proj", "w12": "w3", "Wi": "Wo"}  # gate and up in one, and what reads their product
 
 
-def _tensor(holder, name: str) -> Tensor | None:
-    "The parameter, or the weight of the layer, that a module has under a name."
-    found = getattr(holder, name, None)
-    found = getattr(found, "weight", found)
-    return found if isinstance(found, Tensor) else None
+def _tensor(holder: nn.Module, name: str) -> Tensor | None:
+    "The parameter, or the weight of the layer, that a module has under a name. Nothing is computed for it."
+    layer = holder._modules.get(name)
+    if layer is None:
+        return holder._parameters.get(name)
+    return layer._modules.get("base_layer", layer)._parameters.get("weight")  # without LoRA
 
 
 def _experts_transposed(holder: nn.Module, name: str, p: Tensor) -> bool:
@@ -150,7 +151,7 @@ def _alternates(config) -> bool:
     return kind in _BY_HEAD or (kind == "gpt_bigcode" and not config.multi_query)
 
 
-# %% ../nbs/optimizers/weight_layouts.ipynb #fdbcb3b1
+# %% ../nbs/optimizers/weight_layouts.ipynb #251fd146
 def _parts_of_heads(outputs: int, heads: int, key_heads: int, size: int, config) -> tuple[int, ...] | None:
     "Sizes of query, key and value from the numbers of heads and the size of each; None if they do not add up."
     kind = getattr(config, "model_type", "")
@@ -173,8 +174,9 @@ def _fused_parts(outputs: int, inputs: int, name: str, holder, config) -> tuple[
         parts = _parts_of_heads(outputs, heads, key_heads, size or inputs // heads, config)
         if parts:
             return parts
-    if outputs == 3 * inputs:
-        return (inputs,) * 3
+    thirds_of_heads = heads and heads == key_heads and name in ("qkv", "to_qkv") and outputs % (3 * heads) == 0
+    if outputs == 3 * inputs or thirds_of_heads:
+        return (outputs // 3,) * 3
     return (inputs,) * 2 if name == "c_attn" and outputs == 2 * inputs else None
 
 
