@@ -103,7 +103,7 @@ def _factors(rows: Rows, total: Tensor) -> Tensor:
     return (rows.peaks != 0) / size.clamp_min(torch.finfo(size.dtype).tiny)
 
 
-# %% ../nbs/optimizers/rest_rows.ipynb #efec644b
+# %% ../nbs/optimizers/rest_rows.ipynb #11d3b780
 def _message(rows: Rows) -> Tensor:
     "Squared norm of this process' entries, squared norms of its rows, and for each row whether it has a gradient."
     squares, present = rows.norms.double().square().flatten(), (rows.peaks != 0).double().flatten()
@@ -124,6 +124,7 @@ def _all_reduce(rows: list[Rows], messages: list[Tensor]):
                 part.copy_(total)
 
 
+# %% ../nbs/optimizers/rest_rows.ipynb #cd1d706e
 @torch._disable_dynamo
 def _over_processes(rows: list[Rows]) -> tuple[list[Rows], list[Tensor]]:
     "Norms of whole rows, and the norm of each whole tensor."
