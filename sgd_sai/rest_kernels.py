@@ -302,15 +302,13 @@ def _row_entries(opt: BaseOptimizer, group: dict, entries: list) -> list[_RowEnt
     return measured_together
 
 
-# %% ../nbs/optimizers/rest_kernels.ipynb #cb98d74c
+# %% ../nbs/optimizers/rest_kernels.ipynb #146a544e
 @torch._disable_dynamo
-def _check_same_rows(opt: BaseOptimizer, groups: ParamsWithGrad):
+def _check_same_rows(opt: BaseOptimizer, params: list[Tensor], stepped: set[Tensor]):
     "Raise `RuntimeError` in all processes if one of them lacks a parameter whose rows it shares, or its gradient."
-    params = [p for group, _ in groups if group["rest"] == "row_norm" for p in group["params"]]
-    if any_sharded(params):
-        stepped, names = {p for _, entries in groups for p, *_ in entries}, {p: name for name, p in opt.named()}
-        notes = ["a gradient" if p in stepped else "no gradient" for p in params]
-        check_same_tensors([names[p] for p in params], params, notes)
+    names = {p: name for name, p in opt.named()}
+    notes = ["a gradient" if p in stepped else "no gradient" for p in params]
+    check_same_tensors([names[p] for p in params], params, notes)
 
 
 def check_rest_entries(
@@ -318,7 +316,9 @@ def check_rest_entries(
     groups: ParamsWithGrad,  # as in step_rest
 ):
     "Raise `RuntimeError`, before anything is changed, for what does not fit: shapes, devices, other processes."
-    _check_same_rows(opt, groups)
+    params = [p for group, _ in groups if group["rest"] == "row_norm" for p in group["params"]]
+    if any_sharded(params):
+        _check_same_rows(opt, params, {p for _, entries in groups for p, *_ in entries})
     check_entries(opt, groups)
 
 

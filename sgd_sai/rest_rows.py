@@ -48,7 +48,7 @@ def row_chunks(
     return parts
 
 
-# %% ../nbs/optimizers/rest_rows.ipynb #f422452e
+# %% ../nbs/optimizers/rest_rows.ipynb #0bd1b15e
 def _largest(t: Tensor, dims: tuple) -> Tensor:
     "Largest magnitude along the dimensions."
     return t.abs().amax(dims, keepdim=True)
@@ -77,7 +77,7 @@ def row_norms(
     "Norm of each row of m + weight*(g - m), and the largest magnitude of each row of g."
     shape = [1 if d in dims else n for d, n in enumerate(g.shape)]
     wide = torch.promote_types(g.dtype, torch.float32)
-    norms, peaks = (torch.zeros(shape, dtype=wide, device=g.device) for _ in range(2))
+    norms, peaks = [torch.zeros(shape, dtype=wide, device=g.device) for _ in range(2)]
     for (g_, m_), (norms_, peaks_) in row_chunks((g, m), (norms, peaks), chunk_entries(g)) if g.numel() else ():
         g_ = g_.to(wide)
         peaks_.copy_(torch.maximum(peaks_, _largest(g_, dims)))
@@ -85,7 +85,7 @@ def row_norms(
     return norms, peaks
 
 
-# %% ../nbs/optimizers/rest_rows.ipynb #8fbaa4cb
+# %% ../nbs/optimizers/rest_rows.ipynb #55dff156
 class Rows(NamedTuple):
     "What is known of the rows of one parameter."
 
@@ -97,13 +97,13 @@ class Rows(NamedTuple):
 
 def _factors(rows: Rows, total: Tensor) -> Tensor:
     "What each row is multiplied by; `total` is the norm of the tensor."
-    length = math.prod(rows.p.shape[d] for d in rows.dims)
+    length = math.prod([rows.p.shape[d] for d in rows.dims])
     floor = total * (ROW_FLOOR / math.sqrt(rows.p.numel()))
     size = torch.maximum(rows.norms * (1 / math.sqrt(length)), floor)
     return (rows.peaks != 0) / size.clamp_min(torch.finfo(size.dtype).tiny)
 
 
-# %% ../nbs/optimizers/rest_rows.ipynb #efec644b
+# %% ../nbs/optimizers/rest_rows.ipynb #11d3b780
 def _message(rows: Rows) -> Tensor:
     "Squared norm of this process' entries, squared norms of its rows, and for each row whether it has a gradient."
     squares, present = rows.norms.double().square().flatten(), (rows.peaks != 0).double().flatten()
@@ -124,6 +124,7 @@ def _all_reduce(rows: list[Rows], messages: list[Tensor]):
                 part.copy_(total)
 
 
+# %% ../nbs/optimizers/rest_rows.ipynb #cd1d706e
 @torch._disable_dynamo
 def _over_processes(rows: list[Rows]) -> tuple[list[Rows], list[Tensor]]:
     "Norms of whole rows, and the norm of each whole tensor."
