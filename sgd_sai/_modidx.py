@@ -3416,6 +3416,7 @@ d = {
                 "sgd_sai/muon_sharing.py",
             ),
             "sgd_sai.muon_sharing._sharing": ("optimizers/muon_sharing.html#_sharing", "sgd_sai/muon_sharing.py"),
+            "sgd_sai.muon_sharing._sharings": ("optimizers/muon_sharing.html#_sharings", "sgd_sai/muon_sharing.py"),
             "sgd_sai.muon_sharing._take": ("optimizers/muon_sharing.html#_take", "sgd_sai/muon_sharing.py"),
             "sgd_sai.muon_sharing._unpacked": ("optimizers/muon_sharing.html#_unpacked", "sgd_sai/muon_sharing.py"),
             "sgd_sai.muon_sharing.shared_factors": (

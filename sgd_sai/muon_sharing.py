@@ -61,7 +61,7 @@ def _mesh_sharing(
     )
 
 
-# %% ../nbs/optimizers/muon_sharing.ipynb #0402ef5c
+# %% ../nbs/optimizers/muon_sharing.ipynb #df6c326f
 def _group_sharing(
     update: Tensor,  # whole
     process_group,
@@ -78,6 +78,18 @@ def _sharing(update: Tensor, process_group) -> _Sharing | None:
     else:
         sharing = None if process_group is None else _group_sharing(update, process_group)
     return sharing if sharing is not None and len(sharing.ranks) > 1 else None
+
+
+def _sharings(updates: list[Tensor], process_group) -> list[_Sharing | None]:
+    "Who shares the factor of each update, looked up once for those that are held alike."
+    found, sharings = {}, []
+    for t in updates:
+        layout = (t.device_mesh, t.placements) if is_sharded(t) else None
+        key = layout, t.dtype, t.device
+        if key not in found:
+            found[key] = _sharing(t, process_group)
+        sharings.append(found[key])
+    return sharings
 
 
 # %% ../nbs/optimizers/muon_sharing.ipynb #d8372db0
@@ -306,7 +318,7 @@ def _one_after_another(rounds: list[Callable]) -> Iterator[tuple[int, Tensor]]:
         yield from compute()
 
 
-# %% ../nbs/optimizers/muon_sharing.ipynb #9261e3fa
+# %% ../nbs/optimizers/muon_sharing.ipynb #6fc5abd4
 def _check(updates: list[Tensor], costs: list[float], process_group):
     "Raise `ValueError` for what `shared_factors` cannot use."
     if len(costs) != len(updates):
@@ -332,8 +344,8 @@ def shared_factors(
     Raises `ValueError` for another number of costs, for a group without this process, and for summands (`Partial`)."""
     _check(updates, costs, process_group)
     shared, repeated = {}, []
-    for i, (update, cost) in enumerate(zip(updates, costs, strict=True)):
-        sharing = _sharing(update, process_group)
+    sharings = _sharings(updates, process_group)
+    for i, (update, cost, sharing) in enumerate(zip(updates, costs, sharings, strict=True)):
         if sharing is None:
             repeated.append((i, update))
         else:
