@@ -318,7 +318,7 @@ def _one_after_another(rounds: list[Callable]) -> Iterator[tuple[int, Tensor]]:
         yield from compute()
 
 
-# %% ../nbs/optimizers/muon_sharing.ipynb #6fc5abd4
+# %% ../nbs/optimizers/muon_sharing.ipynb #470b6444
 def _check(updates: list[Tensor], costs: list[float], process_group):
     "Raise `ValueError` for what `shared_factors` cannot use."
     if len(costs) != len(updates):
