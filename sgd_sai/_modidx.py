@@ -3547,11 +3547,12 @@ d = {
                 "sgd_sai/muon_sharing.py",
             ),
             "sgd_sai.muon_sharing._all_to_all": ("optimizers/muon_sharing.html#_all_to_all", "sgd_sai/muon_sharing.py"),
+            "sgd_sai.muon_sharing._batches": ("optimizers/muon_sharing.html#_batches", "sgd_sai/muon_sharing.py"),
+            "sgd_sai.muon_sharing._check": ("optimizers/muon_sharing.html#_check", "sgd_sai/muon_sharing.py"),
             "sgd_sai.muon_sharing._exchange_copies": (
                 "optimizers/muon_sharing.html#_exchange_copies",
                 "sgd_sai/muon_sharing.py",
             ),
-            "sgd_sai.muon_sharing._factors": ("optimizers/muon_sharing.html#_factors", "sgd_sai/muon_sharing.py"),
             "sgd_sai.muon_sharing._factors_by_shape": (
                 "optimizers/muon_sharing.html#_factors_by_shape",
                 "sgd_sai/muon_sharing.py",
@@ -3569,10 +3570,14 @@ d = {
                 "optimizers/muon_sharing.html#_mesh_sharing",
                 "sgd_sai/muon_sharing.py",
             ),
+            "sgd_sai.muon_sharing._one_after_another": (
+                "optimizers/muon_sharing.html#_one_after_another",
+                "sgd_sai/muon_sharing.py",
+            ),
             "sgd_sai.muon_sharing._owned": ("optimizers/muon_sharing.html#_owned", "sgd_sai/muon_sharing.py"),
             "sgd_sai.muon_sharing._packed": ("optimizers/muon_sharing.html#_packed", "sgd_sai/muon_sharing.py"),
-            "sgd_sai.muon_sharing._repeated_factors": (
-                "optimizers/muon_sharing.html#_repeated_factors",
+            "sgd_sai.muon_sharing._repeated_batch": (
+                "optimizers/muon_sharing.html#_repeated_batch",
                 "sgd_sai/muon_sharing.py",
             ),
             "sgd_sai.muon_sharing._rounds": ("optimizers/muon_sharing.html#_rounds", "sgd_sai/muon_sharing.py"),
@@ -3584,7 +3589,12 @@ d = {
                 "optimizers/muon_sharing.html#_shared_round",
                 "sgd_sai/muon_sharing.py",
             ),
+            "sgd_sai.muon_sharing._shared_rounds": (
+                "optimizers/muon_sharing.html#_shared_rounds",
+                "sgd_sai/muon_sharing.py",
+            ),
             "sgd_sai.muon_sharing._sharing": ("optimizers/muon_sharing.html#_sharing", "sgd_sai/muon_sharing.py"),
+            "sgd_sai.muon_sharing._sharings": ("optimizers/muon_sharing.html#_sharings", "sgd_sai/muon_sharing.py"),
             "sgd_sai.muon_sharing._take": ("optimizers/muon_sharing.html#_take", "sgd_sai/muon_sharing.py"),
             "sgd_sai.muon_sharing._unpacked": ("optimizers/muon_sharing.html#_unpacked", "sgd_sai/muon_sharing.py"),
             "sgd_sai.muon_sharing.shared_factors": (

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ["BATCH_ENTRIES", "shared_factors"]
 
-# %% ../nbs/optimizers/muon_sharing.ipynb #f6003a35
+# %% ../nbs/optimizers/muon_sharing.ipynb #16896ed5
 import heapq
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -60,7 +61,7 @@ def _mesh_sharing(
     )
 
 
-# %% ../nbs/optimizers/muon_sharing.ipynb #0402ef5c
+# %% ../nbs/optimizers/muon_sharing.ipynb #df6c326f
 def _group_sharing(
     update: Tensor,  # whole
     process_group,
@@ -77,6 +78,18 @@ def _sharing(update: Tensor, process_group) -> _Sharing | None:
     else:
         sharing = None if process_group is None else _group_sharing(update, process_group)
     return sharing if sharing is not None and len(sharing.ranks) > 1 else None
+
+
+def _sharings(updates: list[Tensor], process_group) -> list[_Sharing | None]:
+    "Who shares the factor of each update, looked up once for those that are held alike."
+    found, sharings = {}, []
+    for t in updates:
+        layout = (t.device_mesh, t.placements) if is_sharded(t) else None
+        key = layout, t.dtype, t.device
+        if key not in found:
+            found[key] = _sharing(t, process_group)
+        sharings.append(found[key])
+    return sharings
 
 
 # %% ../nbs/optimizers/muon_sharing.ipynb #d8372db0
@@ -214,7 +227,7 @@ def _scatter_factors(
     return [shard for part in _all_to_all(pieces, shapes, dtype, sharing) for shard in part]
 
 
-# %% ../nbs/optimizers/muon_sharing.ipynb #be713e83
+# %% ../nbs/optimizers/muon_sharing.ipynb #c8a3bf3e
 def _exchange_copies(
     parts: list[Tensor],  # what this process holds of the factors that its copy has computed
     shapes: list[list[torch.Size]],  # of what it holds of the factors that each copy has computed
@@ -227,12 +240,13 @@ def _exchange_copies(
     length = max(sum(shape.numel() for shape in of_copy) for of_copy in shapes)
     sent = _packed(parts, dtype, sharing.device, length)
     received = sent.new_empty(len(shapes) * length)
-    dist.all_gather_into_tensor(received, sent, group=sharing.copy_group)
+    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before PyTorch 2.14
+    all_gather(received, sent, group=sharing.copy_group)
     by_copy = received.view(len(shapes), length)
     return [t for vector, of_copy in zip(by_copy, shapes, strict=True) for t in _unpacked(vector, of_copy)]
 
 
-# %% ../nbs/optimizers/muon_sharing.ipynb #808bfed9
+# %% ../nbs/optimizers/muon_sharing.ipynb #e4802e78
 def _factors_by_shape(wholes: list[Tensor], factors_of: Callable) -> list[Tensor]:
     "The factors of tensors of any shape, in their order."
     alike, factors = {}, [None] * len(wholes)
@@ -245,6 +259,7 @@ def _factors_by_shape(wholes: list[Tensor], factors_of: Callable) -> list[Tensor
 
 
 @torch._disable_dynamo
+@torch.no_grad()
 def _shared_round(
     chunks: list[list[_Matrix]],  # by process
     factors_of: Callable,
@@ -262,43 +277,60 @@ def _shared_round(
     return [(m.index, part.to(m.local.device, dtype)) for m, part in zip(every, parts, strict=True)]
 
 
-# %% ../nbs/optimizers/muon_sharing.ipynb #cb1e8ac0
-def _repeated_factors(
-    updates: dict[int, Tensor],  # by index
-    factors_of: Callable,
-    dtype: torch.dtype | None,
-) -> Iterator[tuple[int, Tensor]]:
-    "Factors that every process computes for itself."
-    alike = {}
-    for i, update in updates.items():
-        alike.setdefault((update.shape, update.dtype, update.device), []).append(i)
-    for (shape, update_dtype, _), index in alike.items():
-        count = max(1, BATCH_ENTRIES // shape.numel())
-        for batch in (index[k : k + count] for k in range(0, len(index), count)):
-            factors = factors_of([full_tensor(updates[i]) for i in batch])
-            for i, factor in zip(batch, factors, strict=True):
-                yield i, to_local(distribute_like(factor.to(dtype or update_dtype), updates[i]))
-
-
+# %% ../nbs/optimizers/muon_sharing.ipynb #3f88c80d
+@torch._disable_dynamo
 @torch.no_grad()
-def _factors(updates: list[Tensor], factors_of: Callable, costs: list[float], process_group, dtype):
-    "The generator behind `shared_factors`."
-    shared, repeated = {}, {}
-    for i, (update, cost) in enumerate(zip(updates, costs, strict=True)):
-        sharing = _sharing(update, process_group)
-        if sharing is None:
-            repeated[i] = update
-        else:
-            shared.setdefault(sharing, []).append(_matrix(i, update, cost))
-    loads = {}
+def _repeated_batch(
+    batch: list[tuple[int, Tensor]],  # index and update, of equal shape and dtype
+    factors_of: Callable,
+    dtype: torch.dtype,
+) -> list[tuple[int, Tensor]]:  # index of the update, what this process holds of its factor
+    "Factors that every process computes for itself."
+    factors = factors_of([full_tensor(update) for _, update in batch])
+    pairs = zip(batch, factors, strict=True)
+    return [(i, to_local(distribute_like(factor.to(dtype), update))) for (i, update), factor in pairs]
+
+
+def _batches(updates: list[tuple[int, Tensor]]) -> list[list[tuple[int, Tensor]]]:
+    "Updates of equal shape, dtype and device, as many as are computed together."
+    alike = {}
+    for i, update in updates:
+        alike.setdefault((update.shape, update.dtype, update.device), []).append((i, update))
+    counts = {key: max(1, BATCH_ENTRIES // key[0].numel()) for key in alike}
+    return [same[k : k + counts[key]] for key, same in alike.items() for k in range(0, len(same), counts[key])]
+
+
+# %% ../nbs/optimizers/muon_sharing.ipynb #bacfe8c9
+def _shared_rounds(shared: dict[_Sharing, list[_Matrix]], factors_of: Callable, dtype: torch.dtype | None) -> list:
+    "A function for each round, that computes and exchanges its factors."
+    loads, rounds = {}, []
     for sharing, matrices in shared.items():
         owned = _owned(matrices, loads.setdefault(sharing.ranks, [0.0] * len(sharing.ranks)))
+        arguments = dict(factors_of=factors_of, dtype=dtype or sharing.dtype, sharing=sharing)
         for chunks in _rounds(owned, len(owned) // sharing.shards):
-            yield from _shared_round(chunks, factors_of, dtype or sharing.dtype, sharing)
-    yield from _repeated_factors(repeated, factors_of, dtype)
+            rounds.append(partial(_shared_round, chunks, **arguments))
+    return rounds
 
 
-# %% ../nbs/optimizers/muon_sharing.ipynb #ebf7c82e
+def _one_after_another(rounds: list[Callable]) -> Iterator[tuple[int, Tensor]]:
+    "What these functions return, each called when those before it have been used."
+    for compute in rounds:
+        yield from compute()
+
+
+# %% ../nbs/optimizers/muon_sharing.ipynb #470b6444
+def _check(updates: list[Tensor], costs: list[float], process_group):
+    "Raise `ValueError` for what `shared_factors` cannot use."
+    if len(costs) != len(updates):
+        raise ValueError(f"costs has {len(costs)} numbers for {len(updates)} updates; give one for each update")
+    if process_group is not None and dist.get_rank(process_group) < 0:
+        raise ValueError("process_group does not contain this process; give a group of processes that all call this")
+    if any(placement.is_partial() for t in updates if is_sharded(t) for placement in t.placements):
+        raise ValueError(
+            "updates has a DTensor of summands (Partial); add them up first: t.redistribute(placements=...)"
+        )
+
+
 @torch._disable_dynamo
 def shared_factors(
     updates: list[Tensor],  # whole tensors or DTensors, two or more dimensions, not empty; the same in all processes
@@ -310,12 +342,15 @@ def shared_factors(
     """The factor of each update, computed by one process of those that hold the update. Use all that it yields.
 
     Raises `ValueError` for another number of costs, for a group without this process, and for summands (`Partial`)."""
-    if len(costs) != len(updates):
-        raise ValueError(f"costs has {len(costs)} numbers for {len(updates)} updates; give one for each update")
-    if process_group is not None and dist.get_rank(process_group) < 0:
-        raise ValueError("process_group does not contain this process; give a group of processes that all call this")
-    if any(placement.is_partial() for t in updates if is_sharded(t) for placement in t.placements):
-        raise ValueError(
-            "updates has a DTensor of summands (Partial); add them up first: t.redistribute(placements=...)"
-        )
-    return _factors(updates, factors_of, costs, process_group, factor_dtype)
+    _check(updates, costs, process_group)
+    shared, repeated = {}, []
+    sharings = _sharings(updates, process_group)
+    for i, (update, cost, sharing) in enumerate(zip(updates, costs, sharings, strict=True)):
+        if sharing is None:
+            repeated.append((i, update))
+        else:
+            shared.setdefault(sharing, []).append(_matrix(i, update, cost))
+    rounds = _shared_rounds(shared, factors_of, factor_dtype)
+    for batch in _batches(repeated):
+        rounds.append(partial(_repeated_batch, batch, factors_of, factor_dtype or batch[0][1].dtype))
+    return _one_after_another(rounds)
