@@ -3541,6 +3541,10 @@ d = {
                 "optimizers/muon_sharing.html#_matrix.shard_shapes",
                 "sgd_sai/muon_sharing.py",
             ),
+            "sgd_sai.muon_sharing._Matrix.update": (
+                "optimizers/muon_sharing.html#_matrix.update",
+                "sgd_sai/muon_sharing.py",
+            ),
             "sgd_sai.muon_sharing._Sharing": ("optimizers/muon_sharing.html#_sharing", "sgd_sai/muon_sharing.py"),
             "sgd_sai.muon_sharing._Sharing.position": (
                 "optimizers/muon_sharing.html#_sharing.position",
@@ -3597,6 +3601,10 @@ d = {
             "sgd_sai.muon_sharing._sharings": ("optimizers/muon_sharing.html#_sharings", "sgd_sai/muon_sharing.py"),
             "sgd_sai.muon_sharing._take": ("optimizers/muon_sharing.html#_take", "sgd_sai/muon_sharing.py"),
             "sgd_sai.muon_sharing._unpacked": ("optimizers/muon_sharing.html#_unpacked", "sgd_sai/muon_sharing.py"),
+            "sgd_sai.muon_sharing._update_others": (
+                "optimizers/muon_sharing.html#_update_others",
+                "sgd_sai/muon_sharing.py",
+            ),
             "sgd_sai.muon_sharing.shared_factors": (
                 "optimizers/muon_sharing.html#shared_factors",
                 "sgd_sai/muon_sharing.py",
@@ -3617,7 +3625,6 @@ d = {
             "sgd_sai.muon_step._add_scaled_": ("optimizers/muon_step.html#_add_scaled_", "sgd_sai/muon_step.py"),
             "sgd_sai.muon_step._chunk": ("optimizers/muon_step.html#_chunk", "sgd_sai/muon_step.py"),
             "sgd_sai.muon_step._cost": ("optimizers/muon_step.html#_cost", "sgd_sai/muon_step.py"),
-            "sgd_sai.muon_step._directions_of": ("optimizers/muon_step.html#_directions_of", "sgd_sai/muon_step.py"),
             "sgd_sai.muon_step._move": ("optimizers/muon_step.html#_move", "sgd_sai/muon_step.py"),
             "sgd_sai.muon_step._pieces": ("optimizers/muon_step.html#_pieces", "sgd_sai/muon_step.py"),
             "sgd_sai.muon_step._stacks": ("optimizers/muon_step.html#_stacks", "sgd_sai/muon_step.py"),
@@ -3630,6 +3637,7 @@ d = {
                 "optimizers/muon_step.html#_step_with_updates",
                 "sgd_sai/muon_step.py",
             ),
+            "sgd_sai.muon_step._update_at": ("optimizers/muon_step.html#_update_at", "sgd_sai/muon_step.py"),
             "sgd_sai.muon_step._update_momenta_": (
                 "optimizers/muon_step.html#_update_momenta_",
                 "sgd_sai/muon_step.py",

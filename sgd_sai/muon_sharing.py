@@ -98,10 +98,17 @@ class _Matrix:
     "A tensor of which this process holds a shard, or a whole copy."
 
     index: int  # in the list of updates
-    local: Tensor  # what this process holds of the update
+    local: Tensor  # what this process holds of the update, or a stand-in for it
     shape: torch.Size  # of the whole update
     dim: int  # dimension along which it is sharded
     cost: float
+    factors_of: Callable  # computes the factor
+    update_of: Callable | None  # gives the update at this index; None: `local` is what this process holds of it
+
+    @property
+    def update(self) -> Tensor:
+        "What this process holds of the update."
+        return self.local if self.update_of is None else to_local(self.update_of(self.index))
 
     def shard_shapes(self, shards: int) -> list[torch.Size]:
         "Shapes of the shards as `torch.chunk` makes them, with empty ones at the end where it makes fewer."
@@ -111,11 +118,11 @@ class _Matrix:
         return [torch.Size((*self.shape[: self.dim], n, *self.shape[self.dim + 1 :])) for n in sizes]
 
 
-def _matrix(index: int, update: Tensor, cost: float) -> _Matrix:
+def _matrix(index: int, update: Tensor, cost: float, factors_of: Callable, update_of: Callable | None) -> _Matrix:
     "The tensor at this index of the list of updates."
     sharded = sharded_mesh_dims(update)
     dim = update.placements[sharded[0]].dim if sharded else 0
-    return _Matrix(index, to_local(update), update.shape, dim, cost)
+    return _Matrix(index, to_local(update), update.shape, dim, cost, factors_of, update_of)
 
 
 def _owned(
@@ -199,11 +206,13 @@ def _gather_updates(
     sharing: _Sharing,
 ) -> list[Tensor]:
     "The whole updates of the matrices that this process owns."
+    is_lazy = any(m.update_of for chunk in chunks for m in chunk)  # then they come in float32 at least
+    dtype = torch.promote_types(sharing.dtype, torch.float32) if is_lazy else sharing.dtype
     if sharing.shards == 1:
-        return [m.local.to(sharing.device) for m in chunks[mine]]
+        return [m.update.to(sharing.device) for m in chunks[mine]]
     shapes = zip(*(m.shard_shapes(sharing.shards) for m in chunks[mine]), strict=True)
     shapes = [*shapes] or [()] * sharing.shards  # this process may own nothing
-    received = _all_to_all([[m.local for m in chunk] for chunk in chunks], shapes, sharing.dtype, sharing)
+    received = _all_to_all([[m.update for m in chunk] for chunk in chunks], shapes, dtype, sharing)
     pieces = zip(*received, strict=True)
     return [torch.cat(shards, m.dim) for m, shards in zip(chunks[mine], pieces, strict=True)]
 
@@ -247,29 +256,39 @@ def _exchange_copies(
 
 
 # %% ../nbs/optimizers/muon_sharing.ipynb #e4802e78
-def _factors_by_shape(wholes: list[Tensor], factors_of: Callable) -> list[Tensor]:
+def _factors_by_shape(wholes: list[Tensor], matrices: list[_Matrix]) -> list[Tensor]:
     "The factors of tensors of any shape, in their order."
     alike, factors = {}, [None] * len(wholes)
-    for i, whole in enumerate(wholes):
-        alike.setdefault(whole.shape, []).append(i)
-    for index in alike.values():
+    for i, (whole, matrix) in enumerate(zip(wholes, matrices, strict=True)):
+        alike.setdefault((whole.shape, matrix.factors_of), []).append(i)
+    for (_, factors_of), index in alike.items():
         for i, factor in zip(index, factors_of([wholes[i] for i in index]), strict=True):
             factors[i] = factor
     return factors
+
+
+def _update_others(by_copy: list[list[list[_Matrix]]], copy: int, mine: int | None):
+    "Ask for updates that this process holds and does not send, since asking for one updates its momentum."
+    others = [chunk for i, chunks in enumerate(by_copy) for chunk in chunks if i != copy]
+    if mine is not None:
+        others += [chunk for i, chunk in enumerate(by_copy[copy]) if i != mine]
+    for m in [m for chunk in others for m in chunk]:
+        if m.update_of is not None:
+            m.update_of(m.index)
 
 
 @torch._disable_dynamo
 @torch.no_grad()
 def _shared_round(
     chunks: list[list[_Matrix]],  # by process
-    factors_of: Callable,
     dtype: torch.dtype,
     sharing: _Sharing,
 ) -> list[tuple[int, Tensor]]:  # index of the update, what this process holds of its factor
     "One round of a group of processes."
     copy, mine = divmod(sharing.position, sharing.shards)
     by_copy = [chunks[i : i + sharing.shards] for i in range(0, len(chunks), sharing.shards)]
-    factors = _factors_by_shape(_gather_updates(by_copy[copy], mine, sharing), factors_of)
+    _update_others(by_copy, copy, mine if sharing.shards == 1 else None)
+    factors = _factors_by_shape(_gather_updates(by_copy[copy], mine, sharing), by_copy[copy][mine])
     parts = _scatter_factors(factors, by_copy[copy], mine, dtype, sharing)
     matrices = [[m for chunk in of_copy for m in chunk] for of_copy in by_copy]
     parts = _exchange_copies(parts, [[m.local.shape for m in of_copy] for of_copy in matrices], dtype, sharing)
@@ -281,32 +300,33 @@ def _shared_round(
 @torch._disable_dynamo
 @torch.no_grad()
 def _repeated_batch(
-    batch: list[tuple[int, Tensor]],  # index and update, of equal shape and dtype
+    batch: list[tuple[int, Tensor]],  # index and update, or a stand-in for it, of equal shape and dtype
     factors_of: Callable,
+    update_of: Callable | None,
     dtype: torch.dtype,
 ) -> list[tuple[int, Tensor]]:  # index of the update, what this process holds of its factor
     "Factors that every process computes for itself."
-    factors = factors_of([full_tensor(update) for _, update in batch])
+    factors = factors_of([full_tensor(update_of(i) if update_of else update) for i, update in batch])
     pairs = zip(batch, factors, strict=True)
     return [(i, to_local(distribute_like(factor.to(dtype), update))) for (i, update), factor in pairs]
 
 
-def _batches(updates: list[tuple[int, Tensor]]) -> list[list[tuple[int, Tensor]]]:
-    "Updates of equal shape, dtype and device, as many as are computed together."
+def _batches(updates: list[tuple[int, Tensor]], functions: list[Callable]) -> list[list[tuple[int, Tensor]]]:
+    "Updates of equal shape, dtype, device and function, as many as are computed together."
     alike = {}
     for i, update in updates:
-        alike.setdefault((update.shape, update.dtype, update.device), []).append((i, update))
+        alike.setdefault((update.shape, update.dtype, update.device, functions[i]), []).append((i, update))
     counts = {key: max(1, BATCH_ENTRIES // key[0].numel()) for key in alike}
     return [same[k : k + counts[key]] for key, same in alike.items() for k in range(0, len(same), counts[key])]
 
 
 # %% ../nbs/optimizers/muon_sharing.ipynb #bacfe8c9
-def _shared_rounds(shared: dict[_Sharing, list[_Matrix]], factors_of: Callable, dtype: torch.dtype | None) -> list:
+def _shared_rounds(shared: dict[_Sharing, list[_Matrix]], dtype: torch.dtype | None) -> list:
     "A function for each round, that computes and exchanges its factors."
     loads, rounds = {}, []
     for sharing, matrices in shared.items():
         owned = _owned(matrices, loads.setdefault(sharing.ranks, [0.0] * len(sharing.ranks)))
-        arguments = dict(factors_of=factors_of, dtype=dtype or sharing.dtype, sharing=sharing)
+        arguments = dict(dtype=dtype or sharing.dtype, sharing=sharing)
         for chunks in _rounds(owned, len(owned) // sharing.shards):
             rounds.append(partial(_shared_round, chunks, **arguments))
     return rounds
@@ -334,23 +354,26 @@ def _check(updates: list[Tensor], costs: list[float], process_group):
 @torch._disable_dynamo
 def shared_factors(
     updates: list[Tensor],  # whole tensors or DTensors, two or more dimensions, not empty; the same in all processes
-    factors_of: Callable[[list[Tensor]], list[Tensor]],  # from whole tensors of equal shape to the factor of each
+    factors_of: Callable
+    | list[Callable],  # from a list of whole tensors of equal shape to the factors; or one for each
     costs: list[float],  # of the factor of each update, in any unit
     process_group=None,  # whose processes hold the same whole tensors and share their factors; None: they do not
     factor_dtype: torch.dtype | None = None,  # in which factors are sent and given; None: that of the update
+    update_of: Callable | None = None,  # gives update i when it is needed; `updates` are then stand-ins, laid out alike
 ) -> Iterator[tuple[int, Tensor]]:  # index of the update, and this process's shard of its factor, in any order
     """The factor of each update, computed by one process of those that hold the update. Use all that it yields.
 
     Raises `ValueError` for another number of costs, for a group without this process, and for summands (`Partial`)."""
     _check(updates, costs, process_group)
+    functions = [factors_of] * len(updates) if callable(factors_of) else factors_of
     shared, repeated = {}, []
-    sharings = _sharings(updates, process_group)
-    for i, (update, cost, sharing) in enumerate(zip(updates, costs, sharings, strict=True)):
+    for i, (update, sharing) in enumerate(zip(updates, _sharings(updates, process_group), strict=True)):
         if sharing is None:
             repeated.append((i, update))
         else:
-            shared.setdefault(sharing, []).append(_matrix(i, update, cost))
-    rounds = _shared_rounds(shared, factors_of, factor_dtype)
-    for batch in _batches(repeated):
-        rounds.append(partial(_repeated_batch, batch, factors_of, factor_dtype or batch[0][1].dtype))
+            shared.setdefault(sharing, []).append(_matrix(i, update, costs[i], functions[i], update_of))
+    rounds = _shared_rounds(shared, factor_dtype)
+    for batch in _batches(repeated, functions):
+        first, update = batch[0]
+        rounds.append(partial(_repeated_batch, batch, functions[first], update_of, factor_dtype or update.dtype))
     return _one_after_another(rounds)

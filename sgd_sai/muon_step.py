@@ -6,6 +6,7 @@
 __all__ = ["STACKED", "Settings", "settings_of", "muon_step", "directions", "step_matrices"]
 
 # %% ../nbs/optimizers/muon_step.ipynb #69171064
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -192,12 +193,6 @@ def directions(
     return results
 
 
-def _cost(p: Tensor, layout: MatrixLayout) -> float:
-    "What the orthogonal factors of a parameter cost: entries times the shorter side."
-    shapes = [part.shape for part in matrix_parts(torch.empty(p.shape, device="meta"), layout)]
-    return float(sum(n * rows * cols * min(rows, cols) for n, rows, cols in shapes))
-
-
 # %% ../nbs/optimizers/muon_step.ipynb #452ebf89
 class _Matrix(NamedTuple):
     "A parameter that is about to step."
@@ -221,13 +216,13 @@ class _Matrix(NamedTuple):
 
 # %% ../nbs/optimizers/muon_step.ipynb #375d37a7
 def _update_of(matrix: _Matrix) -> Tensor:
-    "Update the momentum of a parameter in the bits that it has; the shard of what the step is made of."
+    "Update the momentum of a parameter in the bits that it has; what the step is made of."
     rounding, settings = matrix.rounding, settings_of(matrix.group)
     if rounding is not None:
         _state_of_rounding(matrix.state, matrix.p, rounding)
     stochastic = rounding is not None and rounding.stochastic_m
     mu, nesterov = settings.momentum, settings.nesterov
-    return to_local(update_momentum(matrix.g, matrix.state, mu, nesterov, matrix.position, stochastic))
+    return update_momentum(matrix.g, matrix.state, mu, nesterov, matrix.position, stochastic)
 
 
 def _move(matrix: _Matrix, direction: Tensor):
@@ -246,30 +241,37 @@ def _move(matrix: _Matrix, direction: Tensor):
         step_rounded(update, matrix.p, direction, matrix.state, matrix.position, **options)
 
 
+def _update_at(matrices: list[_Matrix], index: int) -> Tensor:
+    "The update of one of several parameters."
+    return _update_of(matrices[index])
+
+
 # %% ../nbs/optimizers/muon_step.ipynb #b69e7ea0
-def _directions_of(matrices: list[_Matrix], updates: list[Tensor]) -> list[Tensor]:
-    "The directions of whole updates of these parameters, those that are alike together."
-    alike, found = {}, [None] * len(updates)
-    for i, (matrix, update) in enumerate(zip(matrices, updates, strict=True)):
-        alike.setdefault((update.shape, update.dtype, settings_of(matrix.group)), []).append(i)
-    for (*_, settings), index in alike.items():
-        for i, direction in zip(index, directions([updates[i] for i in index], settings), strict=True):
-            found[i] = direction
-    return found
+def _cost(matrix: _Matrix) -> float:
+    "What the orthogonal factors of a parameter cost: entries times the shorter side."
+    shapes = [part.shape for part in matrix_parts(torch.empty(matrix.p.shape, device="meta"), layout_of(matrix.group))]
+    return float(sum(n * rows * cols * min(rows, cols) for n, rows, cols in shapes))
 
 
 def _step_with_updates(matrices: list[_Matrix], process_group):
     "Step parameters whose updates are tensors of their own; the processes that hold them share the work."
-    costs = [_cost(matrix.p, layout_of(matrix.group)) for matrix in matrices]
-    results = shared_factors(
-        [matrix.p for matrix in matrices],
-        lambda i: _update_of(matrices[i]),
-        lambda index, updates: _directions_of([matrices[i] for i in index], updates),
-        costs,
-        process_group,
-    )
-    for i, direction in results:
-        _move(matrices[i], direction)
+    functions = {}
+    for matrix in matrices:
+        settings = settings_of(matrix.group)
+        functions.setdefault(settings, partial(directions, settings=settings))
+    wide = [torch.promote_types(matrix.p.dtype, torch.float32) for matrix in matrices]
+    for dtype in dict.fromkeys(wide):
+        alike = [matrix for matrix, own in zip(matrices, wide, strict=True) if own == dtype]
+        results = shared_factors(
+            [matrix.p for matrix in alike],
+            [functions[settings_of(matrix.group)] for matrix in alike],
+            [_cost(matrix) for matrix in alike],
+            process_group,
+            dtype,
+            partial(_update_at, alike),
+        )
+        for i, direction in results:
+            _move(alike[i], direction)
 
 
 # %% ../nbs/optimizers/muon_step.ipynb #9ed966b1
