@@ -150,6 +150,29 @@ def test_the_output_embedding_of_a_model():
     assert weights_of(model)["to_words.weight"] == "head" and weights_of(model)["after.weight"] == "matrix"
 
 
+def test_base_models_have_no_head():
+    class SomeModel(Body):
+        base_model_prefix = "some"
+
+        @property
+        def base_model(self):
+            return self
+
+    class SomeForClasses(SomeModel):
+        pass
+
+    for kind, expected in ((SomeModel, "matrix"), (SomeForClasses, "head")):
+        assert weights_of(kind(in_a_list(), projection=nn.Linear(8, 8)))["projection.weight"] == expected
+
+
+def test_names_of_heads_mean_nothing_in_attention_and_among_embeddings():
+    for place in ("attention", "embeddings"):
+        parts = {place: nn.ModuleDict({"text_projection": nn.Linear(8, 8)})}
+        assert (
+            weights_of(Body(in_a_list(), **parts, head=nn.Linear(8, 2)))[f"{place}.text_projection.weight"] == "matrix"
+        )
+
+
 # --- convolutions ---------------------------------------------------------------------------------------------------
 
 
@@ -163,6 +186,8 @@ def test_convolutions_that_read_pictures():
     assert list(weights_of(plain).values()) == ["embedding", "matrix", "head"]  # 4 channels that the first one wrote
     stages = Body(nn.ModuleList([nn.ModuleDict({"patch": nn.Conv2d(3, 8, 4), "next": nn.Linear(8, 8)})]))
     assert list(weights_of(stages).values()) == ["embedding", "matrix"]  # first of all, in a block
+    assert list(weights_of(between(stages)).values())[1:3] == ["matrix", "matrix"]  # not first
+    assert weights_of(between(nn.Conv2d(4, 8, 3, groups=2)))["1.weight"] == "matrix"
 
 
 def test_depthwise_and_grouped_convolutions():
