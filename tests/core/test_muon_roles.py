@@ -133,6 +133,8 @@ def test_names_of_heads():
     assert weights_of(early)["fc.weight"] == "matrix" and weights_of(early)["out.weight"] == "head"
     two = Body(in_a_list(), head=nn.Linear(8, 2), head_dist=nn.Linear(8, 2))
     assert weights_of(two)["head.weight"] == weights_of(two)["head_dist.weight"] == "head"
+    apart = Body(in_a_list(), gate=nn.ModuleDict({"fc": nn.Linear(8, 8)}), fc=nn.Linear(8, 2))
+    assert weights_of(apart)["gate.fc.weight"] == "matrix" and weights_of(apart)["fc.weight"] == "head"
     inside = Body(nn.ModuleList([Body(in_a_list(), classifier=nn.Linear(8, 8))]), out=nn.Linear(8, 2))
     assert weights_of(inside)["blocks.0.classifier.weight"] == "matrix"
     # proj_out beside the blocks of the network, not of a part of it
@@ -250,9 +252,20 @@ def test_parts_have_the_role_of_their_layer():
 def test_parts_of_fused_weights_are_split():
     attention = Body(nn.ModuleList(), qkv=parametrizations.spectral_norm(nn.Linear(8, 24)))
     assert row_of(between(attention), "1.qkv.parametrizations.weight.original").split == (8, 8, 8)
+    attention = Body(nn.ModuleList(), qkv=quietly(lambda: nn.utils.spectral_norm(nn.Linear(8, 24))))
+    assert row_of(between(attention), "1.qkv.weight_orig").split == (8, 8, 8)
+
+
+def test_a_layer_in_parts_is_no_block():
+    wrap = parametrizations.weight_norm
+    model = Body(nn.ModuleList([wrap(nn.Linear(4, 8)), nn.Linear(8, 8), wrap(nn.Linear(8, 2))]))
+    roles = [role for role in roles_of(model).values() if role != "vector"]
+    assert roles == ["embedding", "matrix", "head"]
 
 
 def test_a_whole_weight_is_a_matrix_however_narrow():
+    narrow = quietly(lambda: nn.utils.spectral_norm(nn.Linear(8, 1)))
+    assert weights_of(between(narrow, nn.Linear(1, 8)))["1.weight_orig"] == "matrix"
     assert list(weights_of(between(nn.Linear(8, 1), nn.Linear(1, 8))).values())[1:3] == ["matrix", "matrix"]
 
 
