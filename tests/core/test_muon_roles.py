@@ -120,6 +120,11 @@ def test_single_layers_in_a_list_and_nested_sequences_are_no_blocks():
         assert repeated_blocks(model) == set()
 
 
+def test_one_composite_layer_in_a_sequence_is_no_repeated_block():
+    model = nn.Sequential(nn.Linear(4, 8), Block())
+    assert list(weights_of(model).values()) == ["embedding", "matrix", "head"] and repeated_blocks(model) == set()
+
+
 def test_a_pooler_is_no_head():
     model = Body(in_a_list(), pooler=nn.Linear(8, 8))
     assert weights_of(model)["pooler.weight"] == "matrix"
