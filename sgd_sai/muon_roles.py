@@ -62,7 +62,7 @@ def _is_weight(parameter: LayerParameter) -> bool:
     return bool(is_named) or _is_stack_of_experts(parameter)
 
 
-# %% ../nbs/optimizers/muon_roles.ipynb #d1c07941
+# %% ../nbs/optimizers/muon_roles.ipynb #f0d9bb18
 def _why_vector(parameter: LayerParameter) -> str:
     "Why a parameter is none of matrices for certain; empty if it may be one."
     p, module = parameter.param, parameter.module

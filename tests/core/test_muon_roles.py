@@ -438,6 +438,7 @@ def test_by_head():
     assert split["3.out_proj.weight"] is split["4.up.weight"] is None
     assert row_of(model, "3.in_proj_weight").split == (8, 8, 8)
     assert row_of(between(Attention("qkv", 8, 24)), "1.qkv.weight", by_head=True).split == (8, 8, 8)  # size unknown
+    assert row_of(between(Attention("k_proj", 8, 2, head_dim=2)), "1.k_proj.weight", by_head=True).split is None
 
 
 def test_gate_and_up_in_one_weight():
