@@ -463,6 +463,22 @@ def test_conv1d_is_transposed():
     assert (mlp.transposed, mlp.split) == (True, None) and layout_words((8, 16), mlp) == "1 matrix of 16 x 8"
 
 
+def test_another_class_of_that_name_is_not_transposed():
+    layer = Conv1D(16, 8)
+    layer.nf = 8  # the outputs come first
+    assert not row_of(between(nn.ModuleDict({"c_fc": layer})), "1.c_fc.weight").transposed
+
+
+def test_heads_of_the_keys_without_their_size():
+    apart = Attention("k_proj", 8, 4, num_heads=4, num_kv_heads=2)
+    assert row_of(between(apart), "1.k_proj.weight", by_head=True).split == 2
+
+
+def test_empty_fused_weights():
+    holder = Loose(gate_up_proj=(4, 0, 8), down_proj=(4, 8, 0))
+    assert weight_layout(holder.gate_up_proj, holder, "gate_up_proj") == WeightLayout()
+
+
 def test_shapes_of_matrices():
     assert matrix_shapes((12, 4), WeightLayout(split=(2, 1, 1))) == [(6, 4), (3, 4), (3, 4)]
     assert matrix_shapes((2, 3, 8, 4), WeightLayout(stacked=True)) == [(8, 4)] * 6
