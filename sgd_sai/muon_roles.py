@@ -62,7 +62,7 @@ def _is_weight(parameter: LayerParameter) -> bool:
     return bool(is_named) or _is_stack_of_experts(parameter)
 
 
-# %% ../nbs/optimizers/muon_roles.ipynb #4ecfb631
+# %% ../nbs/optimizers/muon_roles.ipynb #f0d9bb18
 def _why_vector(parameter: LayerParameter) -> str:
     "Why a parameter is none of matrices for certain; empty if it may be one."
     p, module = parameter.param, parameter.module
@@ -257,7 +257,7 @@ class _Rule:
         return "matrix", f"{_kind(parameter.module)} between others"
 
 
-# %% ../nbs/optimizers/muon_roles.ipynb #be5e1232
+# %% ../nbs/optimizers/muon_roles.ipynb #da0d5c1d
 def _layout_in(parameter: LayerParameter, rule: _Rule) -> WeightLayout:
     "How a parameter is made of matrices, as a weight of this layer."
     holder, name = parameter.module, parameter.weight.removesuffix("_weight")
@@ -278,7 +278,7 @@ def _role(name: str, p: nn.Parameter, rule: _Rule) -> ParameterRole:
     found = [rule.role_in(place) for place in places]
     role, why = min(found, key=lambda pair: ("head", "embedding", "vector", "matrix").index(pair[0]))
     if why == _TIED:
-        why = "tied with " + [place.name for place in places if place.name != name][-1]
+        why = f"tied with {places[-1].name}"
     if role != "matrix":
         return ParameterRole(name, p, role, why, settings={})
     layout = _layout_in(places[0], rule)

@@ -82,7 +82,7 @@ def _convolution_layout(module: nn.Module) -> WeightLayout:
     return WeightLayout(split=channels // module.groups, why="a matrix for each group")
 
 
-# %% ../nbs/optimizers/weight_layouts.ipynb #593d8aa8
+# %% ../nbs/optimizers/weight_layouts.ipynb #07b83385
 _PARTNERS = {"gate_up_proj": "down_proj", "w12": "w3", "Wi": "Wo"}  # gate and up in one, and what reads their product
 
 
@@ -104,8 +104,7 @@ def _experts_transposed(holder: nn.Module, name: str, p: Tensor) -> bool:
     up, down = (_tensor(holder, key) for key in ("gate_up_proj", "down_proj"))
     if up is None or down is None or not up.ndim == down.ndim == 3:
         return False
-    usual, swapped = (down.shape[1], 2 * down.shape[2]), (2 * down.shape[1], down.shape[2])
-    return (up.shape[2], up.shape[1]) == swapped != usual
+    return tuple(up.shape[1:]) == (down.shape[2], 2 * down.shape[1])
 
 
 def _gate_split(outputs: int, name: str, holder: nn.Module, transposed: bool) -> tuple[int, ...] | None:

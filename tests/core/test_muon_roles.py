@@ -120,6 +120,11 @@ def test_single_layers_in_a_list_and_nested_sequences_are_no_blocks():
         assert repeated_blocks(model) == set()
 
 
+def test_one_composite_layer_in_a_sequence_is_no_repeated_block():
+    model = nn.Sequential(nn.Linear(4, 8), Block())
+    assert list(weights_of(model).values()) == ["embedding", "matrix", "head"] and repeated_blocks(model) == set()
+
+
 def test_a_pooler_is_no_head():
     model = Body(in_a_list(), pooler=nn.Linear(8, 8))
     assert weights_of(model)["pooler.weight"] == "matrix"
@@ -133,6 +138,8 @@ def test_names_of_heads():
     assert weights_of(early)["fc.weight"] == "matrix" and weights_of(early)["out.weight"] == "head"
     two = Body(in_a_list(), head=nn.Linear(8, 2), head_dist=nn.Linear(8, 2))
     assert weights_of(two)["head.weight"] == weights_of(two)["head_dist.weight"] == "head"
+    apart = Body(in_a_list(), gate=nn.ModuleDict({"fc": nn.Linear(8, 8)}), fc=nn.Linear(8, 2))
+    assert weights_of(apart)["gate.fc.weight"] == "matrix" and weights_of(apart)["fc.weight"] == "head"
     inside = Body(nn.ModuleList([Body(in_a_list(), classifier=nn.Linear(8, 8))]), out=nn.Linear(8, 2))
     assert weights_of(inside)["blocks.0.classifier.weight"] == "matrix"
     # proj_out beside the blocks of the network, not of a part of it
@@ -150,6 +157,29 @@ def test_the_output_embedding_of_a_model():
     assert weights_of(model)["to_words.weight"] == "head" and weights_of(model)["after.weight"] == "matrix"
 
 
+def test_base_models_have_no_head():
+    class SomeModel(Body):
+        base_model_prefix = "some"
+
+        @property
+        def base_model(self):
+            return self
+
+    class SomeForClasses(SomeModel):
+        pass
+
+    for kind, expected in ((SomeModel, "matrix"), (SomeForClasses, "head")):
+        assert weights_of(kind(in_a_list(), projection=nn.Linear(8, 8)))["projection.weight"] == expected
+
+
+def test_names_of_heads_mean_nothing_in_attention_and_among_embeddings():
+    for place in ("attention", "embeddings"):
+        parts = {place: nn.ModuleDict({"text_projection": nn.Linear(8, 8)})}
+        assert (
+            weights_of(Body(in_a_list(), **parts, head=nn.Linear(8, 2)))[f"{place}.text_projection.weight"] == "matrix"
+        )
+
+
 # --- convolutions ---------------------------------------------------------------------------------------------------
 
 
@@ -163,6 +193,8 @@ def test_convolutions_that_read_pictures():
     assert list(weights_of(plain).values()) == ["embedding", "matrix", "head"]  # 4 channels that the first one wrote
     stages = Body(nn.ModuleList([nn.ModuleDict({"patch": nn.Conv2d(3, 8, 4), "next": nn.Linear(8, 8)})]))
     assert list(weights_of(stages).values()) == ["embedding", "matrix"]  # first of all, in a block
+    assert list(weights_of(between(stages)).values())[1:3] == ["matrix", "matrix"]  # not first
+    assert weights_of(between(nn.Conv2d(4, 8, 3, groups=2)))["1.weight"] == "matrix"
 
 
 def test_depthwise_and_grouped_convolutions():
@@ -225,9 +257,20 @@ def test_parts_have_the_role_of_their_layer():
 def test_parts_of_fused_weights_are_split():
     attention = Body(nn.ModuleList(), qkv=parametrizations.spectral_norm(nn.Linear(8, 24)))
     assert row_of(between(attention), "1.qkv.parametrizations.weight.original").split == (8, 8, 8)
+    attention = Body(nn.ModuleList(), qkv=quietly(lambda: nn.utils.spectral_norm(nn.Linear(8, 24))))
+    assert row_of(between(attention), "1.qkv.weight_orig").split == (8, 8, 8)
+
+
+def test_a_layer_in_parts_is_no_block():
+    wrap = parametrizations.weight_norm
+    model = Body(nn.ModuleList([wrap(nn.Linear(4, 8)), nn.Linear(8, 8), wrap(nn.Linear(8, 2))]))
+    roles = [role for role in roles_of(model).values() if role != "vector"]
+    assert roles == ["embedding", "matrix", "head"]
 
 
 def test_a_whole_weight_is_a_matrix_however_narrow():
+    narrow = quietly(lambda: nn.utils.spectral_norm(nn.Linear(8, 1)))
+    assert weights_of(between(narrow, nn.Linear(1, 8)))["1.weight_orig"] == "matrix"
     assert list(weights_of(between(nn.Linear(8, 1), nn.Linear(1, 8))).values())[1:3] == ["matrix", "matrix"]
 
 
@@ -395,6 +438,7 @@ def test_by_head():
     assert split["3.out_proj.weight"] is split["4.up.weight"] is None
     assert row_of(model, "3.in_proj_weight").split == (8, 8, 8)
     assert row_of(between(Attention("qkv", 8, 24)), "1.qkv.weight", by_head=True).split == (8, 8, 8)  # size unknown
+    assert row_of(between(Attention("k_proj", 8, 2, head_dim=2)), "1.k_proj.weight", by_head=True).split is None
 
 
 def test_gate_and_up_in_one_weight():
@@ -417,6 +461,22 @@ def test_conv1d_is_transposed():
     attention, mlp = row_of(model, "1.c_attn.weight"), row_of(model, "1.c_fc.weight")
     assert (attention.transposed, attention.split) == (True, (8, 8, 8))
     assert (mlp.transposed, mlp.split) == (True, None) and layout_words((8, 16), mlp) == "1 matrix of 16 x 8"
+
+
+def test_another_class_of_that_name_is_not_transposed():
+    layer = Conv1D(16, 8)
+    layer.nf = 8  # the outputs come first
+    assert not row_of(between(nn.ModuleDict({"c_fc": layer})), "1.c_fc.weight").transposed
+
+
+def test_heads_of_the_keys_without_their_size():
+    apart = Attention("k_proj", 8, 4, num_heads=4, num_kv_heads=2)
+    assert row_of(between(apart), "1.k_proj.weight", by_head=True).split == 2
+
+
+def test_empty_fused_weights():
+    holder = Loose(gate_up_proj=(4, 0, 8), down_proj=(4, 8, 0))
+    assert weight_layout(holder.gate_up_proj, holder, "gate_up_proj") == WeightLayout()
 
 
 def test_shapes_of_matrices():
