@@ -26,8 +26,16 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(rounding_module, "FP32_CHUNK", 512)
 
 
-def gradients(shapes, n=20, scale=1.0):
-    return [[with_absent_rows(torch.randn(s)) * scale for s in shapes] for _ in range(n)]
+def gradients(shapes, n=20):
+    "Gradients with absent rows, and with rows of sizes from 1e-3 to 1, of which the small ones are below the floor."
+    return [[with_absent_rows(torch.randn(s)) * sizes_of_rows(s) for s in shapes] for _ in range(n)]
+
+
+def sizes_of_rows(shape):
+    sizes = torch.ones(shape)
+    for d, n in enumerate(shape[:2]):
+        sizes *= (10 ** torch.linspace(-3, 0, n)).view([n if i == d else 1 for i in range(len(shape))])
+    return sizes
 
 
 def largest_difference(mine, theirs):
