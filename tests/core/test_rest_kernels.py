@@ -348,6 +348,14 @@ def test_an_update_as_a_whole_is_momentum_or_its_form_by_nesterov(m_dtype, neste
     assert (stored.double() - m).norm() < allowed * m.norm()
 
 
+@pytest.mark.parametrize("m_dtype", [BF16, INT8], ids=str)
+def test_an_update_as_a_whole_is_not_rounded(m_dtype):
+    g = torch.randn(40, 30)
+    for nesterov in (False, True):
+        u = update_momentum(g, zero_momentum(g, g, m_dtype) | {"step": 0}, 0.9, nesterov, 0, stochastic=True)
+        torch.testing.assert_close(u, g * (0.9 * 0.1 + 0.1 if nesterov else 0.1))
+
+
 def test_an_update_as_a_whole_counts_no_step_and_takes_the_noise_of_the_next():
     g = torch.randn(60, 50)
     for stochastic in (False, True):
