@@ -3775,7 +3775,6 @@ d = {
             "sgd_sai.rest_rows.row_chunks": ("optimizers/rest_rows.html#row_chunks", "sgd_sai/rest_rows.py"),
             "sgd_sai.rest_rows.row_factors": ("optimizers/rest_rows.html#row_factors", "sgd_sai/rest_rows.py"),
             "sgd_sai.rest_rows.row_norms": ("optimizers/rest_rows.html#row_norms", "sgd_sai/rest_rows.py"),
-            "sgd_sai.rest_rows.update_weight": ("optimizers/rest_rows.html#update_weight", "sgd_sai/rest_rows.py"),
         },
         "sgd_sai.rest_rules": {
             "sgd_sai.rest_rules._alike": ("optimizers/rest_rules.html#_alike", "sgd_sai/rest_rules.py"),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ["ELEMENT_WISE", "check_rest_entries", "step_rest"]
 
-# %% ../nbs/optimizers/rest_kernels.ipynb #c50f9c03
+# %% ../nbs/optimizers/rest_kernels.ipynb #a2a478d4
 import math
 from functools import partial
 from typing import Callable, NamedTuple
@@ -19,7 +19,7 @@ from .internals.chunks import all_full_precision, as_real, chunks, in_float32, i
 from .internals.rounding import step_rounded, update_momentum, zero_momentum
 from .internals.sharding import any_sharded, check_same_tensors, to_local
 from .kernels import Rounding, _add_, _are_ordinary, _batches, _rounding, check_entries
-from .rest_rows import Rows, chunk_entries, row_chunks, row_factors, row_norms, update_weight
+from .rest_rows import Rows, chunk_entries, row_chunks, row_factors, row_norms
 from .rest_rules import ADAMS_BETA, dims_of_rows
 
 
@@ -105,15 +105,14 @@ def _foreach_adams(params, grads, bufs, *, step, decay, mu, eps):
     _foreach_add_(params, list(torch._foreach_div(bufs, denominators)), step)
 
 
-# %% ../nbs/optimizers/rest_kernels.ipynb #1052c9bb
+# %% ../nbs/optimizers/rest_kernels.ipynb #d21e5642
 ELEMENT_WISE = {"sign": (_step_sign, _foreach_sign), "adams": (_step_adams, _foreach_adams)}
 
 
 def _in_lists(params, grads, bufs, foreach: bool | None) -> bool:
-    "Whether small tensors are stepped as lists: unless that was refused, wherever it is possible and pays."
-    ordinary = _are_ordinary(params, grads, bufs) and params[0].dtype not in (torch.float16, torch.bfloat16)
-    pays = not torch.compiler.is_compiling() or params[0].device.type != "cpu"  # compiled: a kernel for each tensor
-    return ordinary and (pays if foreach is None else foreach)
+    "Whether small tensors are stepped as lists: unless that was refused, wherever it is possible."
+    sixteen_bits = params[0].dtype in (torch.float16, torch.bfloat16)
+    return foreach is not False and not sixteen_bits and _are_ordinary(params, grads, bufs)
 
 
 def _lists(params: list) -> list[list[int]]:
@@ -136,7 +135,7 @@ def _step_elements(rest: str, columns: tuple, foreach: bool | None, settings: di
             on_list(*([as_real(t) for t in column] for column in (params, grads, bufs)), **settings)
 
 
-# %% ../nbs/optimizers/rest_kernels.ipynb #9fd79161
+# %% ../nbs/optimizers/rest_kernels.ipynb #1111805a
 class _RowEntry(NamedTuple):
     "A parameter of a row-normalized step."
 
@@ -149,8 +148,8 @@ class _RowEntry(NamedTuple):
 
 def _measured(entry: _RowEntry) -> Rows:
     "The first pass over one parameter."
-    weight = update_weight(entry.settings["mu"], entry.settings["nesterov"])
-    return Rows(entry.p, entry.dims, *row_norms(to_local(entry.g), to_local(entry.m), entry.dims, weight))
+    mu, nesterov = entry.settings["mu"], entry.settings["nesterov"]
+    return Rows(entry.p, entry.dims, *row_norms(to_local(entry.g), to_local(entry.m), entry.dims, mu, nesterov))
 
 
 def _step_row_entry(entry: _RowEntry, factors: Tensor):
@@ -168,10 +167,11 @@ def _step_row_entry(entry: _RowEntry, factors: Tensor):
         p.copy_(theta)
 
 
-# %% ../nbs/optimizers/rest_kernels.ipynb #4d798208
+# %% ../nbs/optimizers/rest_kernels.ipynb #99780c7f
 def _vector_factors(grads: list, bufs: list, mu: float, nesterov: bool) -> tuple[Tensor, ...]:
     "What each of several vectors is multiplied by, as `row_factors` has it."
-    updates = torch._foreach_lerp(bufs, grads, update_weight(mu, nesterov))
+    updates = torch._foreach_lerp(bufs, grads, 1 - mu)
+    updates = torch._foreach_lerp(grads, updates, mu) if nesterov else updates
     peaks = torch.stack(torch._foreach_norm(updates, math.inf))
     tiny = torch.finfo(peaks.dtype).tiny
     peaks.clamp_min_(tiny)
@@ -204,7 +204,7 @@ def _step_small_vectors(entries: list[_RowEntry], foreach: bool | None) -> list[
     return [entries[i] for i in sorted(left)]
 
 
-# %% ../nbs/optimizers/rest_kernels.ipynb #e22fbfb3
+# %% ../nbs/optimizers/rest_kernels.ipynb #60db8c1c
 @torch._disable_dynamo
 def _step_rounded_rows(rounding: Rounding, entry: _RowEntry, state: dict, position: int):
     "One row-normalized step of a parameter that is rounded in one of the ways of `internals.rounding`."
@@ -212,7 +212,7 @@ def _step_rounded_rows(rounding: Rounding, entry: _RowEntry, state: dict, positi
     u = update_momentum(
         entry.g, state, options.pop("mu"), options.pop("nesterov"), position, stochastic=rounding.stochastic_m
     )
-    rows = Rows(entry.p, entry.dims, *row_norms(to_local(entry.g), to_local(u), entry.dims, 0.0))
+    rows = Rows(entry.p, entry.dims, *row_norms(to_local(entry.g), to_local(u), entry.dims, 1.0))
     to_local(u).mul_(row_factors([rows])[0])
 
     def update(p, d, _):

@@ -26,8 +26,16 @@ def small_chunks(monkeypatch):
     monkeypatch.setattr(rounding_module, "FP32_CHUNK", 512)
 
 
-def gradients(shapes, n=20, scale=1.0):
-    return [[with_absent_rows(torch.randn(s)) * scale for s in shapes] for _ in range(n)]
+def gradients(shapes, n=20):
+    "Gradients with absent rows, and with rows of sizes from 1e-3 to 1, of which the small ones are below the floor."
+    return [[with_absent_rows(torch.randn(s)) * sizes_of_rows(s) for s in shapes] for _ in range(n)]
+
+
+def sizes_of_rows(shape):
+    sizes = torch.ones(shape)
+    for d, n in enumerate(shape[:2]):
+        sizes *= (10 ** torch.linspace(-3, 0, n)).view([n if i == d else 1 for i in range(len(shape))])
+    return sizes
 
 
 def largest_difference(mine, theirs):
@@ -338,6 +346,14 @@ def test_an_update_as_a_whole_is_momentum_or_its_form_by_nesterov(m_dtype, neste
     allowed = {FLOAT32: 1e-6, BF16: 0.02, INT8: 0.05}[m_dtype]
     assert u.dtype == FLOAT32 and u.shape == g.shape and (u - exact).norm() < allowed * exact.norm()
     assert (stored.double() - m).norm() < allowed * m.norm()
+
+
+@pytest.mark.parametrize("m_dtype", [BF16, INT8], ids=str)
+def test_an_update_as_a_whole_is_not_rounded(m_dtype):
+    g = torch.randn(40, 30)
+    for nesterov in (False, True):
+        u = update_momentum(g, zero_momentum(g, g, m_dtype) | {"step": 0}, 0.9, nesterov, 0, stochastic=True)
+        torch.testing.assert_close(u, g * (0.9 * 0.1 + 0.1 if nesterov else 0.1))
 
 
 def test_an_update_as_a_whole_counts_no_step_and_takes_the_noise_of_the_next():
