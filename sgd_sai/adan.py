@@ -104,10 +104,9 @@ def _step_in_place(opt: AveragingOptimizer, group: dict, params: list, lr):
 
 
 # %% ../nbs/optimizers/adan.ipynb #29bfa16d
-@torch._disable_dynamo
-def _step_rounded(opt: AveragingOptimizer, group: dict, params: list, rounding: Rounding):
+def _step_rounded(opt: AveragingOptimizer, group: dict, params: list, lr, rounding: Rounding):
     "One step of `params`, which are not, or whose averages are not, rounded to nearest."
-    lr, states = lr_of(group), [opt.state[p] for p in params]
+    states = [opt.state[p] for p in params]
     options = dict(betas=group["betas"], eps=group["eps"], **_decay_options(group, lr))
     has_radius = group["restart_radius"] is not None
     path_lengths = [torch.zeros_like(state["path"]) if has_radius else None for state in states]
@@ -130,6 +129,23 @@ def _step_differentiable(opt: AveragingOptimizer, group: dict, params: list, lr)
         p.copy_(adan_reference(p.clone(), p.grad, opt.state[p], lr, **options))
 
 
+# %% ../nbs/optimizers/adan.ipynb #20076b8c
+def _is_undecided(group: dict, p_dtype: torch.dtype, m_dtype: torch.dtype) -> bool:
+    "True while a step is traced whose rounding depends on `capturable`."
+    narrower = m_dtype == torch.bfloat16 and p_dtype in (torch.float32, torch.float64)
+    return torch.compiler.is_compiling() and group["rounding"] is None and narrower
+
+
+@torch._disable_dynamo
+def _step_outside_graphs(opt: AveragingOptimizer, group: dict, params: list):
+    "One step of `params`, which share a device and dtypes, rounded as the group says."
+    lr, rounding = lr_of(group), _rounding(group, params[0].dtype, opt.state[params[0]]["exp_avg"].dtype)
+    if rounding:
+        _step_rounded(opt, group, params, lr, rounding)
+    else:
+        _step_in_place(opt, group, params, lr)
+
+
 def _step_group(opt: AveragingOptimizer, group: dict, params: list):
     "One step of `params`, which are in `group` and have a gradient."
     params_by_kind, lr = {}, lr_of(group)
@@ -137,9 +153,8 @@ def _step_group(opt: AveragingOptimizer, group: dict, params: list):
         init_averages(opt, group, p)
         params_by_kind.setdefault((p.device, p.dtype, opt.state[p]["exp_avg"].dtype), []).append(p)
     for (_, p_dtype, m_dtype), alike in params_by_kind.items():
-        rounding = _rounding(group, p_dtype, m_dtype)
-        if rounding:
-            _step_rounded(opt, group, alike, rounding)
+        if _rounding(group, p_dtype, m_dtype) or _is_undecided(group, p_dtype, m_dtype):
+            _step_outside_graphs(opt, group, alike)
         elif group["differentiable"]:
             _step_differentiable(opt, group, alike, lr)
         else:
