@@ -237,7 +237,7 @@ def _check_same_everywhere(opt: AveragingOptimizer):
 @torch._disable_dynamo
 def _take_stepped(opt: AveragingOptimizer) -> frozenset:
     "The parameters that have stepped in the last backward pass; empty if there has been another one since."
-    stepped, opt.stepped_in_backward = opt.stepped_in_backward, frozenset()
+    stepped, opt._stepped_in_backward = opt._stepped_in_backward, frozenset()
     return frozenset() if any(p.grad is not None for p in stepped) else stepped
 
 
@@ -248,7 +248,7 @@ def _step(opt: AveragingOptimizer, closure: Callable | None):
         loss = closure_loss(closure)  # torch.compile skips functions that never call torch, hence enable_grad here
     with_grad = [params_to_step(opt, group, group["params"]) for group in opt.param_groups]
     _check_same_everywhere(opt)
-    stepped = _take_stepped(opt) if opt.stepped_in_backward else ()
+    stepped = _take_stepped(opt) if opt._stepped_in_backward else ()
     for group, params in zip(opt.param_groups, with_grad, strict=True):
         forget_last_gradients(opt, [p for p in group["params"] if p.grad is None and p not in stepped])
         _step_group(opt, group, params)

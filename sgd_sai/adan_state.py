@@ -122,7 +122,7 @@ def _end_backward(self: "AdanState", stepped: frozenset):
     "Forget the last gradients of the parameters that had none in this backward pass."
     params = [p for group in self.param_groups for p in group["params"]]
     forget_last_gradients(self, [p for p in params if p.grad is None and p not in stepped])
-    self.stepped_in_backward = stepped
+    self._stepped_in_backward = stepped
 
 
 # %% ../nbs/optimizers/adan_state.ipynb #374e2540
@@ -130,12 +130,12 @@ class AdanState(SingleSteps, AveragingOptimizer):
     "What `Adan` keeps, saves and loads; the step itself is added by `Adan`."
 
     SCALARS = ("step", "path")
-    stepped_in_backward = frozenset()  # parameters that have stepped in the last backward pass, until the next `step`
+    _stepped_in_backward = frozenset()  # parameters that have stepped in the last backward pass, until the next `step`
     converted, state_shapes, restored_state = _converted, _state_shapes, _restored_state
     end_backward = _end_backward
 
     def __getstate__(self):  # what pickle and copies keep
-        return super().__getstate__() | {"stepped_in_backward": self.stepped_in_backward}
+        return super().__getstate__() | {"_stepped_in_backward": self._stepped_in_backward}
 
     def restart(self, params=None):
         "Make the next step of `params` (a parameter, several, or None: all) their first. Capture a CUDA graph again."

@@ -45,6 +45,7 @@ def check_rounding(
         )
 
 
+# %% ../nbs/optimizers/scaled_optimizer.ipynb #7ac67407
 def _check_implementation(group: dict):
     "Raise `RuntimeError` for flags of which no implementation has both."
     fused, foreach = group["fused"], group["foreach"]

@@ -164,6 +164,7 @@ def _check_loss(roots: list, running: bool):
         raise RuntimeError(_SCALED)
 
 
+# %% ../nbs/optimizers/step_in_backward.ipynb #5b7d1974
 def _end_pass(self: "StepInBackward"):
     "At the end of a backward pass without an error: tell the optimizer which parameters have stepped in it."
     stepped, self.stepped = frozenset(self.stepped), set()
@@ -269,8 +270,7 @@ class StepInBackward(GradientHooks):
     ):
         check_in_backward(optimizer)
         self.max_norm, self.factor, self.norms = max_norm, None, None
-        self.current_pass, self.stepped, self.passes = None, set(), 0
-        self.is_explicit, self.step_hook = False, None
+        self.current_pass, self.stepped, self.passes, self.is_explicit, self.step_hook = None, set(), 0, False, None
         super().__init__(optimizer)
 
     def attach(self):
