@@ -309,6 +309,16 @@ def test_settings_that_are_refused(kw, message):
     assert len(opt.param_groups) == 1
 
 
+def test_a_wide_parameter_drops_the_compensation_of_a_narrow_one():
+    p = param(20, 20, dtype=BF16)
+    opt = Adan([p], rounding="kahan", state_dtype=FLOAT32)
+    steps(opt, [p], *([g] for g in gradients(p, 2)))
+    wide = nn.Parameter(p.detach().float())
+    other = Adan([wide], rounding="kahan", state_dtype=FLOAT32)
+    other.load_state_dict(opt.state_dict())
+    assert "compensation" in opt.state[p] and "compensation" not in other.state[wide]
+
+
 def test_two_groups_with_two_roundings():
     kept = [param(20, 20, dtype=BF16) for _ in range(2)]
     params = [twin(p) for p in kept]

@@ -407,3 +407,5 @@ def test_a_pass_with_an_error_drops_nothing():
     with pytest.raises(ZeroDivisionError):
         (net.weight * x).sum().backward()
     assert not torch.equal(net.weight, before) and torch.equal(opt.state[net.bias]["neg_pre_grad"], kept)
+    net.bias.sum().backward()  # what has stepped in the pass before does not count in this one
+    assert "neg_pre_grad" in opt.state[net.bias] and "neg_pre_grad" not in opt.state[net.weight]
