@@ -70,24 +70,23 @@ d = {
         "sgd_sai.adan": {
             "sgd_sai.adan.Adan": ("optimizers/adan.html#adan", "sgd_sai/adan.py"),
             "sgd_sai.adan.Adan.__init__": ("optimizers/adan.html#adan.__init__", "sgd_sai/adan.py"),
-            "sgd_sai.adan.Adan.is_own_group": ("optimizers/adan.html#adan.is_own_group", "sgd_sai/adan.py"),
-            "sgd_sai.adan.Adan.restart": ("optimizers/adan.html#adan.restart", "sgd_sai/adan.py"),
             "sgd_sai.adan.Adan.step": ("optimizers/adan.html#adan.step", "sgd_sai/adan.py"),
             "sgd_sai.adan._add_path_lengths": ("optimizers/adan.html#_add_path_lengths", "sgd_sai/adan.py"),
-            "sgd_sai.adan._check_groups": ("optimizers/adan.html#_check_groups", "sgd_sai/adan.py"),
+            "sgd_sai.adan._check_in_backward": ("optimizers/adan.html#_check_in_backward", "sgd_sai/adan.py"),
             "sgd_sai.adan._check_same_everywhere": ("optimizers/adan.html#_check_same_everywhere", "sgd_sai/adan.py"),
-            "sgd_sai.adan._converted": ("optimizers/adan.html#_converted", "sgd_sai/adan.py"),
+            "sgd_sai.adan._check_state_dtype": ("optimizers/adan.html#_check_state_dtype", "sgd_sai/adan.py"),
             "sgd_sai.adan._decay_options": ("optimizers/adan.html#_decay_options", "sgd_sai/adan.py"),
-            "sgd_sai.adan._fits": ("optimizers/adan.html#_fits", "sgd_sai/adan.py"),
             "sgd_sai.adan._hyperparameters": ("optimizers/adan.html#_hyperparameters", "sgd_sai/adan.py"),
-            "sgd_sai.adan._init_group": ("optimizers/adan.html#_init_group", "sgd_sai/adan.py"),
-            "sgd_sai.adan._init_state": ("optimizers/adan.html#_init_state", "sgd_sai/adan.py"),
+            "sgd_sai.adan._is_undecided": ("optimizers/adan.html#_is_undecided", "sgd_sai/adan.py"),
             "sgd_sai.adan._restart_long_paths": ("optimizers/adan.html#_restart_long_paths", "sgd_sai/adan.py"),
-            "sgd_sai.adan._state_shapes": ("optimizers/adan.html#_state_shapes", "sgd_sai/adan.py"),
             "sgd_sai.adan._step": ("optimizers/adan.html#_step", "sgd_sai/adan.py"),
             "sgd_sai.adan._step_differentiable": ("optimizers/adan.html#_step_differentiable", "sgd_sai/adan.py"),
             "sgd_sai.adan._step_group": ("optimizers/adan.html#_step_group", "sgd_sai/adan.py"),
             "sgd_sai.adan._step_in_place": ("optimizers/adan.html#_step_in_place", "sgd_sai/adan.py"),
+            "sgd_sai.adan._step_outside_graphs": ("optimizers/adan.html#_step_outside_graphs", "sgd_sai/adan.py"),
+            "sgd_sai.adan._step_param": ("optimizers/adan.html#_step_param", "sgd_sai/adan.py"),
+            "sgd_sai.adan._step_rounded": ("optimizers/adan.html#_step_rounded", "sgd_sai/adan.py"),
+            "sgd_sai.adan._take_stepped": ("optimizers/adan.html#_take_stepped", "sgd_sai/adan.py"),
             "sgd_sai.adan.adan_reference": ("optimizers/adan.html#adan_reference", "sgd_sai/adan.py"),
             "sgd_sai.adan.check_adan": ("optimizers/adan.html#check_adan", "sgd_sai/adan.py"),
         },
@@ -98,18 +97,57 @@ d = {
             ),
             "sgd_sai.adan_kernels._for_loop": ("optimizers/adan_kernels.html#_for_loop", "sgd_sai/adan_kernels.py"),
             "sgd_sai.adan_kernels._foreach": ("optimizers/adan_kernels.html#_foreach", "sgd_sai/adan_kernels.py"),
+            "sgd_sai.adan_kernels._step_chunk": ("optimizers/adan_kernels.html#_step_chunk", "sgd_sai/adan_kernels.py"),
             "sgd_sai.adan_kernels._step_tensor": (
                 "optimizers/adan_kernels.html#_step_tensor",
                 "sgd_sai/adan_kernels.py",
             ),
+            "sgd_sai.adan_kernels._store": ("optimizers/adan_kernels.html#_store", "sgd_sai/adan_kernels.py"),
             "sgd_sai.adan_kernels.adan_factors": (
                 "optimizers/adan_kernels.html#adan_factors",
+                "sgd_sai/adan_kernels.py",
+            ),
+            "sgd_sai.adan_kernels.step_adan_rounded": (
+                "optimizers/adan_kernels.html#step_adan_rounded",
                 "sgd_sai/adan_kernels.py",
             ),
             "sgd_sai.adan_kernels.step_adan_tensors": (
                 "optimizers/adan_kernels.html#step_adan_tensors",
                 "sgd_sai/adan_kernels.py",
             ),
+        },
+        "sgd_sai.adan_state": {
+            "sgd_sai.adan_state.AdanState": ("optimizers/adan_state.html#adanstate", "sgd_sai/adan_state.py"),
+            "sgd_sai.adan_state.AdanState.__getstate__": (
+                "optimizers/adan_state.html#adanstate.__getstate__",
+                "sgd_sai/adan_state.py",
+            ),
+            "sgd_sai.adan_state.AdanState.is_own_group": (
+                "optimizers/adan_state.html#adanstate.is_own_group",
+                "sgd_sai/adan_state.py",
+            ),
+            "sgd_sai.adan_state.AdanState.restart": (
+                "optimizers/adan_state.html#adanstate.restart",
+                "sgd_sai/adan_state.py",
+            ),
+            "sgd_sai.adan_state._converted": ("optimizers/adan_state.html#_converted", "sgd_sai/adan_state.py"),
+            "sgd_sai.adan_state._end_backward": ("optimizers/adan_state.html#_end_backward", "sgd_sai/adan_state.py"),
+            "sgd_sai.adan_state._fits": ("optimizers/adan_state.html#_fits", "sgd_sai/adan_state.py"),
+            "sgd_sai.adan_state._restored_state": (
+                "optimizers/adan_state.html#_restored_state",
+                "sgd_sai/adan_state.py",
+            ),
+            "sgd_sai.adan_state._state_shapes": ("optimizers/adan_state.html#_state_shapes", "sgd_sai/adan_state.py"),
+            "sgd_sai.adan_state.forget_last_gradients": (
+                "optimizers/adan_state.html#forget_last_gradients",
+                "sgd_sai/adan_state.py",
+            ),
+            "sgd_sai.adan_state.init_averages": ("optimizers/adan_state.html#init_averages", "sgd_sai/adan_state.py"),
+            "sgd_sai.adan_state.init_last_gradient": (
+                "optimizers/adan_state.html#init_last_gradient",
+                "sgd_sai/adan_state.py",
+            ),
+            "sgd_sai.adan_state.params_to_step": ("optimizers/adan_state.html#params_to_step", "sgd_sai/adan_state.py"),
         },
         "sgd_sai.analysis.claims": {
             "sgd_sai.analysis.claims._batch_claim": ("analysis/claims.html#_batch_claim", "sgd_sai/analysis/claims.py"),
@@ -3293,6 +3331,24 @@ d = {
                 "sgd_sai/internals/sharding.py",
             ),
         },
+        "sgd_sai.internals.single_steps": {
+            "sgd_sai.internals.single_steps.SingleSteps": (
+                "internals/single_steps.html#singlesteps",
+                "sgd_sai/internals/single_steps.py",
+            ),
+            "sgd_sai.internals.single_steps.SingleSteps.check_in_backward": (
+                "internals/single_steps.html#singlesteps.check_in_backward",
+                "sgd_sai/internals/single_steps.py",
+            ),
+            "sgd_sai.internals.single_steps.SingleSteps.end_backward": (
+                "internals/single_steps.html#singlesteps.end_backward",
+                "sgd_sai/internals/single_steps.py",
+            ),
+            "sgd_sai.internals.single_steps.SingleSteps.step_param": (
+                "internals/single_steps.html#singlesteps.step_param",
+                "sgd_sai/internals/single_steps.py",
+            ),
+        },
         "sgd_sai.kernels": {
             "sgd_sai.kernels.Rounding": ("optimizers/kernels.html#rounding", "sgd_sai/kernels.py"),
             "sgd_sai.kernels._add_": ("optimizers/kernels.html#_add_", "sgd_sai/kernels.py"),
@@ -3850,10 +3906,6 @@ d = {
                 "optimizers/scaled_optimizer.html#scaledoptimizer.state_dict",
                 "sgd_sai/scaled_optimizer.py",
             ),
-            "sgd_sai.scaled_optimizer._check_few_bits": (
-                "optimizers/scaled_optimizer.html#_check_few_bits",
-                "sgd_sai/scaled_optimizer.py",
-            ),
             "sgd_sai.scaled_optimizer._check_implementation": (
                 "optimizers/scaled_optimizer.html#_check_implementation",
                 "sgd_sai/scaled_optimizer.py",
@@ -3910,6 +3962,10 @@ d = {
                 "optimizers/scaled_optimizer.html#_without_functions",
                 "sgd_sai/scaled_optimizer.py",
             ),
+            "sgd_sai.scaled_optimizer.check_rounding": (
+                "optimizers/scaled_optimizer.html#check_rounding",
+                "sgd_sai/scaled_optimizer.py",
+            ),
             "sgd_sai.scaled_optimizer.check_sgd_sai": (
                 "optimizers/scaled_optimizer.html#check_sgd_sai",
                 "sgd_sai/scaled_optimizer.py",
@@ -3929,6 +3985,7 @@ d = {
                 "optimizers/sgd_sai.html#sgd_sai.warmup_step",
                 "sgd_sai/sgd_sai.py",
             ),
+            "sgd_sai.sgd_sai._step_param": ("optimizers/sgd_sai.html#_step_param", "sgd_sai/sgd_sai.py"),
             "sgd_sai.sgd_sai.sgd_sai_reference": ("optimizers/sgd_sai.html#sgd_sai_reference", "sgd_sai/sgd_sai.py"),
         },
         "sgd_sai.step_in_backward": {
@@ -4000,6 +4057,10 @@ d = {
                 "optimizers/step_in_backward.html#_check_passes",
                 "sgd_sai/step_in_backward.py",
             ),
+            "sgd_sai.step_in_backward._end_pass": (
+                "optimizers/step_in_backward.html#_end_pass",
+                "sgd_sai/step_in_backward.py",
+            ),
             "sgd_sai.step_in_backward._global_norm": (
                 "optimizers/step_in_backward.html#_global_norm",
                 "sgd_sai/step_in_backward.py",
@@ -4023,10 +4084,6 @@ d = {
             ),
             "sgd_sai.step_in_backward._replace_others": (
                 "optimizers/step_in_backward.html#_replace_others",
-                "sgd_sai/step_in_backward.py",
-            ),
-            "sgd_sai.step_in_backward._step_param": (
-                "optimizers/step_in_backward.html#_step_param",
                 "sgd_sai/step_in_backward.py",
             ),
             "sgd_sai.step_in_backward._use": ("optimizers/step_in_backward.html#_use", "sgd_sai/step_in_backward.py"),

@@ -228,7 +228,7 @@ class Rounding(NamedTuple):
 
 def _rounding(group: dict, p_dtype: torch.dtype, m_dtype: torch.dtype | None) -> Rounding | None:
     "How parameters and momenta of these dtypes are rounded; None: both to nearest."
-    if group["fused"] or group["differentiable"]:
+    if group.get("fused") or group["differentiable"]:
         return None
     rule = group["rounding"] or ("nearest" if group["capturable"] else None)
     narrower = m_dtype == torch.int8 or m_dtype == torch.bfloat16 and p_dtype in (torch.float32, torch.float64)

@@ -213,6 +213,7 @@ def adan_table():
         "no averages": dict(betas=(0.0, 0.0, 0.0), eps=1e-3),
         "eps": dict(eps=1e-4),
         "restart_radius": dict(restart_radius=1e3),
+        "rounding": dict(rounding="nearest"),
     }
 
 
@@ -223,6 +224,10 @@ def adan_errors(error, infinite):
         error("Invalid beta parameter at index 2: nan", betas=(0.9, 0.9, float("nan"))),
         error("3 are needed", betas=(0.9, 0.999)),
         error("Invalid restart_radius value: -1", restart_radius=-1),
+        error("Invalid rounding: 'up'", rounding="up"),
+        error("Invalid state_dtype value: torch.int8", state_dtype=torch.int8),
+        error("`capturable` supports neither", RuntimeError, rounding="stochastic", capturable=True),
+        error("`differentiable` supports neither", RuntimeError, rounding="kahan", differentiable=True),
         error("`foreach` does not support `differentiable`", RuntimeError, foreach=True, differentiable=True),
         error(
             "`restart_radius` does not support `differentiable`", RuntimeError, restart_radius=1.0, differentiable=True
