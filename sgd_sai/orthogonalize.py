@@ -123,6 +123,7 @@ def orthogonalize_(
 
 
 # %% ../nbs/optimizers/orthogonalize.ipynb #2cf71ee1
+@torch.no_grad()
 def orthogonalize(
     M: Tensor,  # (..., rows, cols), real
     iterations: int = 5,  # applications of a polynomial
