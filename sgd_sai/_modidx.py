@@ -3413,6 +3413,10 @@ d = {
                 "optimizers/muon_checks.html#_check_same_in_all_processes",
                 "sgd_sai/muon_checks.py",
             ),
+            "sgd_sai.muon_checks._check_same_in_group": (
+                "optimizers/muon_checks.html#_check_same_in_group",
+                "sgd_sai/muon_checks.py",
+            ),
             "sgd_sai.muon_checks._finite": ("optimizers/muon_checks.html#_finite", "sgd_sai/muon_checks.py"),
             "sgd_sai.muon_checks.check_step": ("optimizers/muon_checks.html#check_step", "sgd_sai/muon_checks.py"),
         },
@@ -3448,10 +3452,8 @@ d = {
             ),
         },
         "sgd_sai.muon_layout": {
-            "sgd_sai.muon_layout.MatrixLayout": ("optimizers/muon_layout.html#matrixlayout", "sgd_sai/muon_layout.py"),
             "sgd_sai.muon_layout.Part": ("optimizers/muon_layout.html#part", "sgd_sai/muon_layout.py"),
             "sgd_sai.muon_layout.Part.shape": ("optimizers/muon_layout.html#part.shape", "sgd_sai/muon_layout.py"),
-            "sgd_sai.muon_layout._outputs_dim": ("optimizers/muon_layout.html#_outputs_dim", "sgd_sai/muon_layout.py"),
             "sgd_sai.muon_layout.as_part": ("optimizers/muon_layout.html#as_part", "sgd_sai/muon_layout.py"),
             "sgd_sai.muon_layout.check_layout": ("optimizers/muon_layout.html#check_layout", "sgd_sai/muon_layout.py"),
             "sgd_sai.muon_layout.layout_of": ("optimizers/muon_layout.html#layout_of", "sgd_sai/muon_layout.py"),
@@ -3584,8 +3586,11 @@ d = {
             "sgd_sai.muon_sai._getstate": ("optimizers/muon_sai.html#_getstate", "sgd_sai/muon_sai.py"),
             "sgd_sai.muon_sai._is_own_group": ("optimizers/muon_sai.html#_is_own_group", "sgd_sai/muon_sai.py"),
             "sgd_sai.muon_sai._regrouped": ("optimizers/muon_sai.html#_regrouped", "sgd_sai/muon_sai.py"),
+            "sgd_sai.muon_sai._role_table": ("optimizers/muon_sai.html#_role_table", "sgd_sai/muon_sai.py"),
             "sgd_sai.muon_sai._setstate": ("optimizers/muon_sai.html#_setstate", "sgd_sai/muon_sai.py"),
+            "sgd_sai.muon_sai._step_entries": ("optimizers/muon_sai.html#_step_entries", "sgd_sai/muon_sai.py"),
             "sgd_sai.muon_sai._step_muon_sai": ("optimizers/muon_sai.html#_step_muon_sai", "sgd_sai/muon_sai.py"),
+            "sgd_sai.muon_sai._step_param": ("optimizers/muon_sai.html#_step_param", "sgd_sai/muon_sai.py"),
             "sgd_sai.muon_sai._with_todays_names": (
                 "optimizers/muon_sai.html#_with_todays_names",
                 "sgd_sai/muon_sai.py",

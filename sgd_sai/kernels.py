@@ -230,7 +230,8 @@ def _rounding(group: dict, p_dtype: torch.dtype, m_dtype: torch.dtype | None) ->
     "How parameters and momenta of these dtypes are rounded; None: both to nearest."
     if group.get("fused") or group["differentiable"]:
         return None
-    rule = group["rounding"] or ("nearest" if group["capturable"] else None)
+    is_capturable = group["capturable"] and not torch.compiler.is_compiling()  # the compiler sets it in every group
+    rule = group["rounding"] or ("nearest" if is_capturable else None)
     narrower = m_dtype == torch.int8 or m_dtype == torch.bfloat16 and p_dtype in (torch.float32, torch.float64)
     rounding = Rounding(
         stochastic_p=rule == "stochastic" and p_dtype == torch.bfloat16,

@@ -9,9 +9,18 @@ __all__ = ["check_step"]
 import torch
 from torch import Tensor
 
+from sgd_sai.internals.sharding import (
+    all_reduce_rows,
+    any_sharded,
+    check_same_in_group,
+    check_same_tensors,
+    holds_numbers,
+    is_sharded,
+    to_local,
+)
+
 from .init_scales import ParamsWithGrad, ParamWithGrad
 from .internals.names import listed, name_of_param, named_params
-from .internals.sharding import all_reduce_rows, any_sharded, check_same_tensors, holds_numbers, to_local
 from .kernels import check_entries
 
 
@@ -58,11 +67,20 @@ def _check_same_in_all_processes(opt: torch.optim.Optimizer, groups: list[dict],
     check_same_tensors(list(names), list(params), notes)
 
 
+def _check_same_in_group(opt: torch.optim.Optimizer, entries: list[ParamWithGrad], process_group):
+    "Raise `RuntimeError` in all processes of a group that share the work of matrices if one of them has others."
+    whole = {p for p, *_ in entries if not is_sharded(p)}
+    named = [(name, p) for name, p in named_params(opt) if p in whole]
+    device = named[0][1].device if named else "cpu"
+    check_same_in_group([name for name, _ in named], [p for _, p in named], process_group, device)
+
+
 @torch._disable_dynamo
 @torch.no_grad()
 def check_step(
     opt: torch.optim.Optimizer,  # holds the momenta in its state, has state_shapes
     groups: ParamsWithGrad,  # all groups, with entries (parameter, gradient, state or None)
+    process_group=None,  # whose processes hold equal whole matrices and share their work; None: there is none
 ):
     """Raise `RuntimeError`, with the parameter's name, for what would spoil a step of Muon and its rest.
 
@@ -70,5 +88,8 @@ def check_step(
     entries = [entry for _, entries in groups for entry in entries]
     shared = [group for group, _ in groups if group["muon"]]
     _check_same_in_all_processes(opt, shared, {p for p, *_ in entries})
+    if process_group is not None:
+        matrices = [entry for group, entries in groups if group["muon"] for entry in entries]
+        _check_same_in_group(opt, matrices, process_group)
     check_entries(opt, groups)
     _check_finite(opt, entries)

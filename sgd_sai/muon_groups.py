@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from .internals.options import check_lr, parse_option, warn_caller
-from .muon_layout import MatrixLayout
+from .muon_layout import LAYOUT
 from .muon_roles import ParameterRole, parameter_roles
 
 # %% ../nbs/optimizers/muon_groups.ipynb #4059269e
@@ -64,8 +64,8 @@ def group_of(
 ) -> dict:  # muon, role, the layout where it is not the default, weight_decay 0 for vectors; no params
     "What the group of a parameter says."
     group = {"muon": role.role == "matrix", "role": role.role}
-    for key, default in MatrixLayout()._asdict().items():
-        if getattr(role, key) != default:
+    for key in LAYOUT:
+        if getattr(role, key):
             group[key] = getattr(role, key)
     if role.role == "vector":
         group["weight_decay"] = 0.0

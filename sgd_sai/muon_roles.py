@@ -21,6 +21,7 @@ from sgd_sai.weight_layouts import (
 )
 
 from .model_layers import LayerParameter, is_gain, is_within, layer_parameters, repeated_blocks
+from .muon_layout import LAYOUT
 
 # %% ../nbs/optimizers/muon_roles.ipynb #0d82aaad
 ROLES = ("matrix", "embedding", "head", "vector")
@@ -286,9 +287,6 @@ def _role(name: str, p: nn.Parameter, rule: _Rule) -> ParameterRole:
 
 
 # %% ../nbs/optimizers/muon_roles.ipynb #83754fa0
-_LAYOUT = ("stacked", "transposed", "split")
-
-
 def _compiled(pattern: str) -> re.Pattern:
     "A regular expression of an override."
     try:
@@ -315,8 +313,8 @@ def _checked_settings(wanted, name: str) -> dict:
         raise ValueError(f"roles: {name!r} is to be {wanted!r}; give a role, a dictionary of settings, or None")
     if settings.get("role") not in (None, *ROLES):
         raise ValueError(f"roles: {name!r} is to have the role {settings['role']!r}; there are {', '.join(ROLES)}")
-    for key in settings.keys() - {"role", *_LAYOUT}:
-        near = difflib.get_close_matches(str(key), ("role", *_LAYOUT), n=1, cutoff=0.75)
+    for key in settings.keys() - {"role", *LAYOUT}:
+        near = difflib.get_close_matches(str(key), ("role", *LAYOUT), n=1, cutoff=0.75)
         if near:
             raise ValueError(f"roles: {name!r} is to have {key!r}: did you mean {near[0]!r}?")
     return settings
@@ -353,7 +351,7 @@ def _overridden(row: ParameterRole, wanted, rule: _Rule) -> ParameterRole:
     "What an override makes of a role."
     settings = dict(_checked_settings(wanted, row.name))
     role = settings.pop("role", None) or row.role
-    layout = {key: settings.pop(key) for key in _LAYOUT if key in settings}
+    layout = {key: settings.pop(key) for key in LAYOUT if key in settings}
     if role != row.role:
         place = rule.places[id(row.param)][0]
         usual = _layout_in(place, rule) if role == "matrix" and row.param.ndim > 1 else WeightLayout()

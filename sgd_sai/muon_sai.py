@@ -9,19 +9,23 @@ __all__ = ["MuonOptimizer", "MuonSaI"]
 from typing import Callable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import _use_grad_for_differentiable
 
-from .init_scales import collect_grads
+from .init_scales import ParamsWithGrad, collect_grads
 from .internals.base import closure_loss
 from .internals.options import parse_option, parse_options, warn_caller
+from .internals.single_steps import SingleSteps
 from .kernels import step_groups
 from .muon_checks import check_step
-from .muon_groups import as_muon_groups, read_mark
+from .muon_groups import as_muon_groups, read_mark, sorted_parameters
+from .muon_layout import layout_of
 from .muon_options import NOT_OFFERED, check_muon_sai, complete_group, from_adam, regroup, rest_options
+from .muon_role_table import RoleRow, RoleTable
 from .muon_step import step_matrices
 from .rest_kernels import step_rest
 from .scaled_optimizer import ScaledOptimizer
+from .weight_layouts import layout_words
 
 
 # %% ../nbs/optimizers/muon_sai.ipynb #e298dd95
@@ -54,6 +58,15 @@ def _is_own_group(group: dict) -> bool:  # of a checkpoint
 
 
 # %% ../nbs/optimizers/muon_sai.ipynb #adbdcd01
+def _step_entries(opt: ScaledOptimizer, grads: ParamsWithGrad):
+    "One step of these parameters. Raises `RuntimeError`, before anything is changed."
+    check_step(opt, grads, opt.process_group)
+    others = [(group, entries) for group, entries in grads if not group["muon"] and entries]
+    step_groups(opt, [(group, entries) for group, entries in others if group["rest"] == "sgd_sai"])
+    step_rest(opt, [(group, entries) for group, entries in others if group["rest"] != "sgd_sai"])
+    step_matrices(opt, [(group, entries) for group, entries in grads if group["muon"]], opt.process_group)
+
+
 @_use_grad_for_differentiable
 def _step_muon_sai(
     opt: ScaledOptimizer,
@@ -61,12 +74,7 @@ def _step_muon_sai(
 ):  # the closure's loss, or None
     "One step. Parameters without a gradient are left alone."
     loss = closure_loss(closure)
-    grads = [(group, entries) for group, entries in collect_grads(opt) if entries or group["muon"]]
-    check_step(opt, grads)
-    others = [(group, entries) for group, entries in grads if not group["muon"]]
-    step_groups(opt, [(group, entries) for group, entries in others if group["rest"] == "sgd_sai"])
-    step_rest(opt, [(group, entries) for group, entries in others if group["rest"] != "sgd_sai"])
-    step_matrices(opt, [(group, entries) for group, entries in grads if group["muon"]], opt.process_group)
+    _step_entries(opt, collect_grads(opt))
     return loss
 
 
@@ -78,7 +86,7 @@ def _regrouped(self: "MuonOptimizer", checkpoint: dict) -> dict:
 
 def _getstate(self: "MuonOptimizer") -> dict:  # what pickle and copies keep; process groups cannot be kept
     "As in PyTorch, with what was said about the rest."
-    return ScaledOptimizer.__getstate__(self) | {"rest_options": self.rest_options}
+    return ScaledOptimizer.__getstate__(self) | {"rest_options": self.rest_options, "reasons": self.reasons}
 
 
 def _setstate(self: "MuonOptimizer", state: dict):
@@ -91,12 +99,35 @@ def _setstate(self: "MuonOptimizer", state: dict):
     ScaledOptimizer.__setstate__(self, state)
 
 
-class MuonOptimizer(ScaledOptimizer):
+@torch.no_grad()
+def _step_param(self: "MuonOptimizer", p: Tensor, group: dict):
+    "One step of `p`, which is in `group`. Raises `RuntimeError` as `step` does, before anything is changed."
+    entries = [(q, q.grad, self.state.get(q)) for q in self.with_grad({"params": [p]})]
+    _step_entries(self, [(group, entries)])
+
+
+# %% ../nbs/optimizers/muon_sai.ipynb #1c419370
+def _role_table(self: "MuonOptimizer") -> RoleTable:
+    "What each parameter is, what steps it and at which rate: prints as text, shows as HTML in a notebook."
+    table, names = RoleTable(), {p: name for name, p in self.named()}
+    for group in self.param_groups:
+        rule = "muon" if group["muon"] else group["rest"]
+        for p in group["params"]:
+            matrices = layout_words(p.shape, layout_of(group)) if group["muon"] else ""
+            name, rate = names[p], float(group["lr"]) * group["lr_factor"]
+            why = self.reasons.get(name, "its group says so")
+            table.append(RoleRow(name, tuple(p.shape), group["role"], rate, rule, matrices, why))
+    return table
+
+
+class MuonOptimizer(SingleSteps, ScaledOptimizer):
     "An optimizer with groups of matrices, which Muon steps, and groups that are stepped by their rule."
 
     process_group = None
+    reasons = {}  # for the role of a parameter, by name, where a model was given
     check, is_own_group, regrouped = staticmethod(check_muon_sai), staticmethod(_is_own_group), _regrouped
-    step, add_param_group, __getstate__, __setstate__ = _step_muon_sai, _add_param_group, _getstate, _setstate
+    step, step_param, role_table, add_param_group = _step_muon_sai, _step_param, _role_table, _add_param_group
+    __getstate__, __setstate__ = _getstate, _setstate
 
 
 # %% ../nbs/optimizers/muon_sai.ipynb #136ee156
@@ -128,6 +159,8 @@ def _build(opt: "MuonOptimizer", params, process_group, settings: dict):
     vector = torch.empty(1, device="meta")
     for group in ({"muon": True}, {"muon": False}):
         check_muon_sai(defaults | complete_group(group, [vector], opt.rest_options))
+    if isinstance(params, nn.Module):
+        opt.reasons = {role.name: role.why for role in sorted_parameters(params, **sorting)}
     ScaledOptimizer.__init__(opt, as_muon_groups(params, **sorting), defaults)
 
 

@@ -19,10 +19,11 @@ from .internals.names import position_of_param
 from .internals.rounding import step_rounded, update_momentum
 from .internals.sharding import is_sharded, to_local
 from .kernels import Rounding, _rounding
-from .muon_layout import MatrixLayout, as_part, layout_of, matrix_parts, step_length
+from .muon_layout import as_part, layout_of, matrix_parts, step_length
 from .muon_sharing import shared_factors
 from .orthogonalize import factor_dtype, orthogonalize_
 from .rest_kernels import _add_momenta, _state_of_rounding
+from .weight_layouts import WeightLayout
 
 # %% ../nbs/optimizers/muon_step.ipynb #428dc098
 STACKED = 2**22  # entries that are made orthogonal at a time
@@ -37,7 +38,7 @@ class Settings(NamedTuple):
     adjust_lr: str = "original"  # as in step_length
     ns_steps: int = 5  # iterations
     ns_coefficients: str | tuple = "jordan"  # as in get_coefficients
-    layout: MatrixLayout = MatrixLayout()  # how a parameter is made of matrices
+    layout: WeightLayout = WeightLayout()  # how a parameter is made of matrices
 
 
 def settings_of(
@@ -73,7 +74,7 @@ class _Stack(NamedTuple):
     inputs: int  # of each matrix
 
 
-def _stacks(params: list[Tensor], layout: MatrixLayout):
+def _stacks(params: list[Tensor], layout: WeightLayout):
     "Room for the matrices of parameters of equal shape, one stack after the other."
     by_shape = {}
     for i, p in enumerate(params):
@@ -128,7 +129,7 @@ def _update_momenta_(grads: list[Tensor], bufs: list[Tensor], mu: float):
             in_float32(lambda m, g: m.lerp_(g, 1 - mu), m, g, changed=(0,))
 
 
-def _pieces(tensors: tuple, layout: MatrixLayout) -> list[tuple]:
+def _pieces(tensors: tuple, layout: WeightLayout) -> list[tuple]:
     "A parameter, its gradient and its momentum; a large stack in parts along its first dimension, as views."
     p = tensors[0]
     if not layout.stacked or p.numel() <= STACKED or layout.split is not None:

@@ -102,7 +102,7 @@ def check_in_backward(optimizer: torch.optim.Optimizer):
     "Raise `TypeError` or `RuntimeError` when the steps of `optimizer` cannot be made one tensor at a time."
     if not isinstance(optimizer, SingleSteps):
         raise TypeError(
-            "StepInBackward is for SGDSaI, Adan, and optimizers of your own that inherit from SingleSteps, "
+            "StepInBackward is for SGDSaI, MuonSaI, Adan, and optimizers of your own that inherit from SingleSteps, "
             f"not for {type(optimizer).__name__}: call optimizer.step() after the backward pass"
         )
     optimizer.check_in_backward()

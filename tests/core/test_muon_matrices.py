@@ -12,9 +12,9 @@ from torch import nn
 from sgd_sai import MuonSaI
 from sgd_sai.experiments.muon_adamw import MuonAdamW
 from sgd_sai.internals.chunks import SINGLE_CORE_MAX
-from sgd_sai.muon_layout import MatrixLayout
 from sgd_sai.muon_step import STACKED, Settings, muon_step
 from sgd_sai.orthogonalize import JORDAN, orthogonalize, orthogonalize_
+from sgd_sai.weight_layouts import WeightLayout
 
 pytestmark = pytest.mark.usefixtures("seeded")
 both = pytest.mark.parametrize("cls", [MuonSaI, MuonAdamW])
@@ -217,7 +217,7 @@ def test_a_stack_that_is_larger_than_the_limit_goes_in_parts(monkeypatch):
     monkeypatch.setattr("sgd_sai.muon_step.STACKED", 100)
     p, g = torch.randn(7, 6, 5), torch.randn(7, 6, 5)
     q, settings = p.clone(), dict(lr=0.1, weight_decay=0.0)
-    stacks = Settings(layout=MatrixLayout(stacked=True))
+    stacks = Settings(layout=WeightLayout(stacked=True))
     muon_step([p], [g], [torch.zeros_like(p)], settings=stacks, **settings)
     assert calls == [90, 90, 30] and STACKED > 100
     for matrix, grad in zip(q, g, strict=True):
