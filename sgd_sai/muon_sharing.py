@@ -354,8 +354,7 @@ def _check(updates: list[Tensor], costs: list[float], process_group):
 @torch._disable_dynamo
 def shared_factors(
     updates: list[Tensor],  # whole tensors or DTensors, two or more dimensions, not empty; the same in all processes
-    factors_of: Callable
-    | list[Callable],  # from a list of whole tensors of equal shape to the factors; or one for each
+    factors_of: Callable | list[Callable],  # from whole tensors of equal shape to their factors; or one for each
     costs: list[float],  # of the factor of each update, in any unit
     process_group=None,  # whose processes hold the same whole tensors and share their factors; None: they do not
     factor_dtype: torch.dtype | None = None,  # in which factors are sent and given; None: that of the update

@@ -273,6 +273,7 @@ def _step_with_updates(matrices: list[_Matrix], process_group):
         )
         for i, direction in results:
             _move(alike[i], direction)
+            del direction  # a view of a message, which would stay with it
 
 
 # %% ../nbs/optimizers/muon_step.ipynb #9ed966b1
