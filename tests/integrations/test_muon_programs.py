@@ -6,7 +6,7 @@ import logging
 
 import pytest
 import torch
-from programs import BATCH, RESUME, STEPS, Net, assert_same, batch, items, names_by, plain, train, trainable
+from programs import BATCH, RESUME, STEPS, WORDS, Net, assert_same, batch, items, names_by, plain, train, trainable
 
 from sgd_sai import MuonSaI
 
@@ -107,6 +107,18 @@ def test_adapters_are_hidden_matrices_and_a_saved_head_is_a_head():
         "head": {f"{prefix}head.modules_to_save.default.weight"},
         "vector": {f"{prefix}head.modules_to_save.default.bias"},
     }
+
+
+def test_adapters_of_a_fused_layer_are_a_matrix_each():
+    "GPT-2's query, key and value are split and stored with the inputs first; the adapters beside them are not."
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    sizes = dict(vocab_size=WORDS, n_positions=8, n_embd=8, n_layer=1, n_head=2, bos_token_id=None, eos_token_id=None)
+    gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes))
+    fused = next(row for row in MuonSaI(gpt2).role_table() if row.name.endswith("c_attn.weight"))
+    assert fused.matrices == "3 matrices of 8 x 8"
+    config = peft.LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)
+    rows = MuonSaI(peft.get_peft_model(gpt2, config)).role_table()
+    assert [row.matrices for row in rows] == ["1 matrix of 2 x 8", "1 matrix of 24 x 2"]
 
 
 def test_adapters_step_along_orthogonal_matrices_and_merge():
