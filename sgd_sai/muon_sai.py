@@ -159,8 +159,8 @@ def _build(opt: "MuonOptimizer", params, process_group, settings: dict):
     vector = torch.empty(1, device="meta")
     for group in ({"muon": True}, {"muon": False}):
         check_muon_sai(defaults | complete_group(group, [vector], opt.rest_options))
-    if isinstance(params, nn.Module):
-        opt.reasons = {role.name: role.why for role in sorted_parameters(params, **sorting)}
+    roles = sorted_parameters(params, **sorting) if isinstance(params, nn.Module) else []
+    opt.reasons = {role.name: role.why for role in roles}
     ScaledOptimizer.__init__(opt, as_muon_groups(params, **sorting), defaults)
 
 
