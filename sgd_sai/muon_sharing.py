@@ -118,6 +118,7 @@ class _Matrix:
         return [torch.Size((*self.shape[: self.dim], n, *self.shape[self.dim + 1 :])) for n in sizes]
 
 
+# %% ../nbs/optimizers/muon_sharing.ipynb #ddf04233
 def _matrix(index: int, update: Tensor, cost: float, factors_of: Callable, update_of: Callable | None) -> _Matrix:
     "The tensor at this index of the list of updates."
     sharded = sharded_mesh_dims(update)

@@ -94,6 +94,7 @@ def factor_dtype(
     return torch.bfloat16 if is_large and _has_bfloat16() else torch.promote_types(M.dtype, torch.float32)
 
 
+# %% ../nbs/optimizers/orthogonalize.ipynb #d2a9f458
 def _iterate_(X: Tensor, triples: list[tuple[float, float, float]]):
     "Apply the polynomials in place, with two square matrices beside X."
     n, rows, _ = X.shape

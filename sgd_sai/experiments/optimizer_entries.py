@@ -243,6 +243,8 @@ _RESTS = {  # name of the rule, label, colour
     "adams": ("Muon + AdamS", "#F472B6"),
     "scion": ("Muon as Scion", "#831843"),
 }
+
+# %% ../../nbs/experiments/optimizer_entries.ipynb #22d38a6b
 ENTRIES += [
     _muon_sai,
     *(
@@ -256,6 +258,10 @@ ENTRIES += [
         )
         for rest, (label, color) in _RESTS.items()
     ),
+]
+
+# %% ../../nbs/experiments/optimizer_entries.ipynb #1e93beec
+ENTRIES += [
     OptimizerEntry(
         "muon_adamw",
         MuonAdamW,
