@@ -258,12 +258,21 @@ def _step_rounded(opt: BaseOptimizer, entries: list, rounding: Rounding, *, lr, 
 
 
 # %% ../nbs/optimizers/kernels.ipynb #38610d46
+_USUAL = {"momentum_buffer", "gsnr"}  # entries of a state that these functions look at themselves
+
+
 def _not_obviously_right(entries: list) -> list[Tensor]:
-    "Parameters of entries (p, g, state or None) with a shape or device that differs, or with more than two states."
+    "Parameters of entries (p, g, state or None) with a shape or device that differs, or with more than usual states."
     found = []
     for p, g, state in entries:
         shape, m = p.shape, state.get("momentum_buffer") if state else None
-        if g.shape != shape or m is not None and (m.shape != shape or m.device != p.device) or state and len(state) > 2:
+        if (
+            g.shape != shape
+            or m is not None
+            and (m.shape != shape or m.device != p.device)
+            or state
+            and state.keys() - _USUAL
+        ):
             found.append(p)
     return found
 

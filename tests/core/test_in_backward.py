@@ -10,7 +10,7 @@ import torch
 from common import ConvNet, TransformerBlock, same_start
 from torch import nn
 
-from sgd_sai import AdaHessian, Adan, SGDSaI, StepInBackward
+from sgd_sai import AdaHessian, Adan, MuonSaI, SGDSaI, StepInBackward
 from sgd_sai.benchmarks.measuring import allocated_peak
 
 pytestmark = pytest.mark.usefixtures("seeded", "kernels_for_small_tensors_too")
@@ -40,6 +40,16 @@ SETTINGS = {  # of each class that can step one parameter at a time
         "no differences": dict(betas=(0.9, 0.0, 0.9)),
         "forloop": dict(foreach=False),
     },
+    MuonSaI: {
+        **OF_ALL,
+        "no momentum": dict(momentum=0.0, nesterov=False, rest_momentum=0.0),
+        "int8 state": dict(state_dtype=torch.int8),
+        "lengths and iterations": dict(adjust_lr="match_rms_adamw", ns_steps=3, ns_coefficients="polar_express"),
+        "forloop": dict(foreach=False, fused=False),
+        "fused": dict(fused=True),
+        **{rest: dict(rest=rest) for rest in ("sign", "row_norm", "adams", "scion")},
+        "row_norm, int8 state": dict(rest="row_norm", state_dtype=torch.int8),
+    },
 }
 CASES = {f"{cls.__name__}, {name}": (cls, kw) for cls, settings in SETTINGS.items() for name, kw in settings.items()}
 each_case = pytest.mark.parametrize("cls, kw", CASES.values(), ids=CASES)
@@ -47,11 +57,18 @@ each_class = pytest.mark.parametrize("cls", SETTINGS, ids=lambda cls: cls.__name
 NEED_ALL = {  # settings with which no parameter can step before all gradients are there
     SGDSaI: (dict(normalize=True), dict(capturable=True), dict(differentiable=True)),
     Adan: (dict(restart_radius=0.0), dict(capturable=True), dict(differentiable=True)),
+    MuonSaI: (dict(capturable=True),),
 }
 
 
+def marked(model):
+    "Groups for MuonSaI, in the order of the parameters: all matrices but embeddings are hidden ones."
+    tables = {module.weight for module in model.modules() if isinstance(module, nn.Embedding)}
+    return [{"params": [(name, p)], "muon": p.ndim > 1 and p not in tables} for name, p in model.named_parameters()]
+
+
 def built(cls, model, **kw):
-    return cls(model.named_parameters(), **{"lr": 0.02, **kw})
+    return cls(marked(model) if cls is MuonSaI else model.named_parameters(), **{"lr": 0.02, **kw})
 
 
 def both(cls, model_class, dtype=torch.float32, max_norm=None, **kw):
@@ -216,7 +233,7 @@ def test_after_remove_steps_are_ordinary(cls):
 
 @pytest.mark.parametrize("cls", [torch.optim.SGD, AdaHessian], ids=lambda cls: cls.__name__)
 def test_optimizers_that_cannot_are_refused_by_a_list_of_those_that_can(cls):
-    with pytest.raises(TypeError, match=rf"for SGDSaI, Adan, and .*SingleSteps, not for {cls.__name__}: call"):
+    with pytest.raises(TypeError, match=rf"for SGDSaI, MuonSaI, Adan, and .*SingleSteps, not for {cls.__name__}: call"):
         StepInBackward(cls(nn.Linear(3, 2).parameters(), lr=0.1))
 
 
@@ -266,7 +283,7 @@ def test_several_processes_are_refused(cls, monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
     with pytest.raises(RuntimeError, match="averaged"):
-        StepInBackward(cls([nn.Parameter(torch.ones(2))]))
+        StepInBackward(built(cls, nn.Linear(3, 2)))
 
 
 @each_class
@@ -277,7 +294,8 @@ def test_gradients_do_not_pile_up(cls, max_norm):
     stepping = StepInBackward(opt, max_norm)
     stepping.backward(model(x).square().mean())
     size = sum(p.numel() * 4 for p in model.parameters())
-    assert allocated_peak(lambda: stepping.backward(model(x).square().mean())) < 0.25 * size
+    work = 3 * 512 * 512 * 4 if cls is MuonSaI else 0  # the factor of one matrix, and two products to find it
+    assert allocated_peak(lambda: stepping.backward(model(x).square().mean())) < 0.25 * size + work
     stepping.remove()
 
     def ordinary():

@@ -11,14 +11,14 @@ from common import param
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from sgd_sai import Adan, SGDSaI, StepInBackward
+from sgd_sai import Adan, MuonSaI, SGDSaI, StepInBackward
 from sgd_sai.step_in_backward import GradientHooks
 
 pytestmark = [
     pytest.mark.usefixtures("seeded"),
     pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True"),
 ]
-each_class = pytest.mark.parametrize("cls", [SGDSaI, Adan], ids=lambda cls: cls.__name__)
+each_class = pytest.mark.parametrize("cls", [SGDSaI, Adan, MuonSaI], ids=lambda cls: cls.__name__)
 REENTRANT = r"does not go with reentrant checkpoints.*use_reentrant=False"
 
 
@@ -58,7 +58,10 @@ def assert_same(a, b):
 
 
 def built(cls, net, **options):
-    return cls(net.named_parameters(), **{"lr": 0.02, **options})
+    params = list(net.named_parameters())
+    if cls is MuonSaI:
+        params = [{"params": [named], "muon": named[1].ndim > 1} for named in params]
+    return cls(params, **{"lr": 0.02, **options})
 
 
 def both(cls, make, **options):
@@ -313,6 +316,7 @@ def test_accumulation_without_no_step_is_told_at_the_step(cls):
 
 NEED_ALL = [(SGDSaI, key) for key in ("normalize", "capturable", "differentiable")]
 NEED_ALL += [(Adan, key) for key in ("restart_radius", "capturable", "differentiable")]
+NEED_ALL += [(MuonSaI, "capturable")]
 
 
 @pytest.mark.parametrize("cls, key", NEED_ALL, ids=str)
@@ -470,7 +474,7 @@ def test_a_copy_of_removed_hooks_stays_removed(cls, travel):
 def test_parameters_that_have_left_the_optimizer_keep_their_gradients(cls):
     net = nn.ModuleList([nn.Linear(3, 3) for _ in range(3)])
     groups = [{"params": list(layer.named_parameters(prefix=str(i))), "lr": 0.1} for i, layer in enumerate(net)]
-    opt = cls(groups)
+    opt = cls([group | ({"muon": False} if cls is MuonSaI else {}) for group in groups])
     StepInBackward(opt)
     del opt.param_groups[0]  # the groups behind it move up
     opt.param_groups[1]["lr"] = 0.0
@@ -484,7 +488,8 @@ def test_parameters_that_have_left_the_optimizer_keep_their_gradients(cls):
 @each_class
 def test_a_hook_finds_the_group_that_its_parameter_is_in_now(cls):
     p, q = param(3), param(3)
-    opt = cls([{"params": [p], "lr": 0.0}, {"params": [q], "lr": 0.1}])
+    mark = {"muon": False} if cls is MuonSaI else {}
+    opt = cls([{"params": [p], "lr": 0.0, **mark}, {"params": [q], "lr": 0.1, **mark}])
     StepInBackward(opt)
     opt.param_groups[0]["params"], opt.param_groups[1]["params"] = [q], [p]
     kept = p.detach().clone(), q.detach().clone()
@@ -514,8 +519,8 @@ def test_hooks_that_only_report_are_not_replaced(cls):
 @each_class
 @pytest.mark.parametrize("new", [(9, 4), (2, 4), (4, 6)], ids=str)
 def test_a_parameter_whose_shape_has_changed_does_not_step(cls, new):
-    p = param(6, 4)
-    opt, average = cls([("p", p)]), {SGDSaI: "momentum_buffer", Adan: "exp_avg"}[cls]
+    p, average = param(6, 4), "exp_avg" if cls is Adan else "momentum_buffer"
+    opt = cls([{"params": [("p", p)], **({"muon": True} if cls is MuonSaI else {})}])
     StepInBackward(opt)
     p.square().sum().backward()
     p.data = torch.randn(new)
