@@ -3376,6 +3376,7 @@ d = {
             "sgd_sai.kernels._step_group": ("optimizers/kernels.html#_step_group", "sgd_sai/kernels.py"),
             "sgd_sai.kernels._step_rounded": ("optimizers/kernels.html#_step_rounded", "sgd_sai/kernels.py"),
             "sgd_sai.kernels._step_tensor": ("optimizers/kernels.html#_step_tensor", "sgd_sai/kernels.py"),
+            "sgd_sai.kernels.add_rounding_state": ("optimizers/kernels.html#add_rounding_state", "sgd_sai/kernels.py"),
             "sgd_sai.kernels.check_entries": ("optimizers/kernels.html#check_entries", "sgd_sai/kernels.py"),
             "sgd_sai.kernels.step_groups": ("optimizers/kernels.html#step_groups", "sgd_sai/kernels.py"),
         },
@@ -3744,10 +3745,6 @@ d = {
         },
         "sgd_sai.rest_kernels": {
             "sgd_sai.rest_kernels._RowEntry": ("optimizers/rest_kernels.html#_rowentry", "sgd_sai/rest_kernels.py"),
-            "sgd_sai.rest_kernels._add_momenta": (
-                "optimizers/rest_kernels.html#_add_momenta",
-                "sgd_sai/rest_kernels.py",
-            ),
             "sgd_sai.rest_kernels._by_kind": ("optimizers/rest_kernels.html#_by_kind", "sgd_sai/rest_kernels.py"),
             "sgd_sai.rest_kernels._check_same_rows": (
                 "optimizers/rest_kernels.html#_check_same_rows",
@@ -3782,10 +3779,6 @@ d = {
                 "sgd_sai/rest_kernels.py",
             ),
             "sgd_sai.rest_kernels._settings": ("optimizers/rest_kernels.html#_settings", "sgd_sai/rest_kernels.py"),
-            "sgd_sai.rest_kernels._state_of_rounding": (
-                "optimizers/rest_kernels.html#_state_of_rounding",
-                "sgd_sai/rest_kernels.py",
-            ),
             "sgd_sai.rest_kernels._step_adams": ("optimizers/rest_kernels.html#_step_adams", "sgd_sai/rest_kernels.py"),
             "sgd_sai.rest_kernels._step_elements": (
                 "optimizers/rest_kernels.html#_step_elements",
@@ -3818,6 +3811,7 @@ d = {
                 "optimizers/rest_kernels.html#_vector_factors",
                 "sgd_sai/rest_kernels.py",
             ),
+            "sgd_sai.rest_kernels.add_momenta": ("optimizers/rest_kernels.html#add_momenta", "sgd_sai/rest_kernels.py"),
             "sgd_sai.rest_kernels.check_rest_entries": (
                 "optimizers/rest_kernels.html#check_rest_entries",
                 "sgd_sai/rest_kernels.py",

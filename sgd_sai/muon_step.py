@@ -18,11 +18,11 @@ from .internals.chunks import FP32_CHUNK, chunks, in_float32
 from .internals.names import position_of_param
 from .internals.rounding import step_rounded, update_momentum
 from .internals.sharding import is_sharded, to_local
-from .kernels import Rounding, _rounding
+from .kernels import Rounding, _rounding, add_rounding_state
 from .muon_layout import as_part, layout_of, matrix_parts, step_length
 from .muon_sharing import shared_factors
 from .orthogonalize import factor_dtype, orthogonalize_
-from .rest_kernels import _add_momenta, _state_of_rounding
+from .rest_kernels import add_momenta
 from .weight_layouts import WeightLayout
 
 # %% ../nbs/optimizers/muon_step.ipynb #428dc098
@@ -220,7 +220,7 @@ def _update_of(matrix: _Matrix) -> Tensor:
     "Update the momentum of a parameter in the bits that it has; what the step is made of."
     rounding, settings = matrix.rounding, settings_of(matrix.group)
     if rounding is not None:
-        _state_of_rounding(matrix.state, matrix.p, rounding)
+        add_rounding_state(matrix.state, matrix.p, rounding)
     stochastic = rounding is not None and rounding.stochastic_m
     mu, nesterov = settings.momentum, settings.nesterov
     return update_momentum(matrix.g, matrix.state, mu, nesterov, matrix.position, stochastic)
@@ -287,7 +287,7 @@ def step_matrices(
     others = []
     for group, entries in groups:
         if any(not state or "momentum_buffer" not in state for *_, state in entries):
-            _add_momenta(opt, group, entries)
+            add_momenta(opt, group, entries)
         matrices = [_Matrix(p, g, opt.state[p], group, opt) for p, g, _ in entries if p.numel()]
         alone = [m for m in matrices if process_group is None and not is_sharded(m.p) and m.rounding is None]
         if alone:
