@@ -1467,6 +1467,10 @@ d = {
                 "experiments/optimizer_entries.html#_torch",
                 "sgd_sai/experiments/optimizer_entries.py",
             ),
+            "sgd_sai.experiments.optimizer_entries.groups_by_name": (
+                "experiments/optimizer_entries.html#groups_by_name",
+                "sgd_sai/experiments/optimizer_entries.py",
+            ),
             "sgd_sai.experiments.optimizer_entries.groups_by_shape": (
                 "experiments/optimizer_entries.html#groups_by_shape",
                 "sgd_sai/experiments/optimizer_entries.py",
@@ -1477,6 +1481,10 @@ d = {
             ),
             "sgd_sai.experiments.optimizer_entries.torch_muon": (
                 "experiments/optimizer_entries.html#torch_muon",
+                "sgd_sai/experiments/optimizer_entries.py",
+            ),
+            "sgd_sai.experiments.optimizer_entries.torch_muon_adamw": (
+                "experiments/optimizer_entries.html#torch_muon_adamw",
                 "sgd_sai/experiments/optimizer_entries.py",
             ),
         },
