@@ -107,7 +107,10 @@ def test_every_form_is_the_reference(rest, foreach, backend):
         step()
         for group, (name, p) in zip(opt.param_groups, params.items(), strict=True):
             thetas[name] = reference_step(thetas[name], grads[name], states[name], name, group)
-            for mine, expected in ((p, thetas[name]), (opt.state[p]["momentum_buffer"], states[name]["momentum_buffer"])):
+            for mine, expected in (
+                (p, thetas[name]),
+                (opt.state[p]["momentum_buffer"], states[name]["momentum_buffer"]),
+            ):
                 assert (mine.detach() - expected).abs().max() <= 1e-6 * expected.abs().max(), (t, name)
     assert all((thetas[name] - theta).abs().max() > 1e-3 for name, theta in start.items())
 
@@ -196,7 +199,10 @@ def test_at_most_four_bytes_per_parameter_are_kept(rest):
             p.grad = torch.randn_like(p)
         opt.step()
     count = sum(p.numel() for p in model.parameters())
-    assert 80_000 < count < 120_000 and {group["role"] for group in opt.param_groups} == {*("matrix", "vector"), *BAD[1:3]}
+    assert 80_000 < count < 120_000 and {group["role"] for group in opt.param_groups} == {
+        *("matrix", "vector"),
+        *BAD[1:3],
+    }
     assert 4 * count <= state_bytes(opt) <= 4.1 * count
 
 
