@@ -1,4 +1,4 @@
-"""MuonSaI under each rule of its rest: the whole class beside a reference of a few lines, what it keeps, what it refuses,
+"""MuonSaI under each rule of its rest: the class beside a reference of a few lines, what it keeps, what it refuses,
 how it resumes, how much memory a step takes; and its matrices beside torch.optim.Muon."""
 
 import copy

@@ -5,6 +5,7 @@ owns. Each process makes no more matrices orthogonal than its share and one, and
 an error in all."""
 
 import warnings
+from functools import partial
 from unittest.mock import patch
 
 import pytest
@@ -102,15 +103,15 @@ def of_rank(rank, store, out, world):
     mesh, found = init_device_mesh("cpu", (world,)), {}
     for rest, dtype in {*FSDP2, *DDP}:
         model = Net()
-        found["alone", rest, dtype] = counted(lambda m=model, o=built(model, rest, dtype): four_steps(m, o))
+        found["alone", rest, dtype] = counted(partial(four_steps, model, built(model, rest, dtype)))
     for rest, dtype in FSDP2:
         model = Net()
         fully_shard(model, mesh=mesh)
-        found["FSDP2", rest, dtype] = counted(lambda m=model, o=built(model, rest, dtype): four_steps(m, o))
+        found["FSDP2", rest, dtype] = counted(partial(four_steps, model, built(model, rest, dtype)))
     for rest, dtype in DDP:
         model = DistributedDataParallel(Net())
         opt = built(model, rest, dtype, process_group=dist.group.WORLD)
-        found["DDP", rest, dtype] = counted(lambda m=model, o=opt: four_steps(m, o))
+        found["DDP", rest, dtype] = counted(partial(four_steps, model, opt))
     found["lacking"] = lacking(rank)
     torch.save(found, f"{out}.{rank}")
     dist.destroy_process_group()
