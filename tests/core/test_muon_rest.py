@@ -1,4 +1,4 @@
-"""MuonSaI under each rule of its rest: the whole class beside a reference of a few lines, what it keeps, what it refuses,
+"""MuonSaI under each rule of its rest: the class beside a reference of a few lines, what it keeps, what it refuses,
 how it resumes, how much memory a step takes; and its matrices beside torch.optim.Muon."""
 
 import copy
@@ -330,8 +330,8 @@ def test_a_compiled_step_rounds_as_the_ordinary_one_does(cls, settings):
 
 
 @each_rest
-def test_rates_may_be_tensors_that_stay_on_their_device(rest):
-    "Without a look at a number of theirs, apart from the checks of gradients: `item` of a rate would be an error."
+def test_rates_may_be_tensors(rest):
+    "With capturable=True on the CPU: the steps are those of a rate that is a number."
     ends = []
     for as_tensor in (False, True):
         torch.manual_seed(0)
