@@ -3693,6 +3693,7 @@ d = {
             ),
             "sgd_sai.muon_step._Stack": ("optimizers/muon_step.html#_stack", "sgd_sai/muon_step.py"),
             "sgd_sai.muon_step._add_scaled_": ("optimizers/muon_step.html#_add_scaled_", "sgd_sai/muon_step.py"),
+            "sgd_sai.muon_step._at_a_time": ("optimizers/muon_step.html#_at_a_time", "sgd_sai/muon_step.py"),
             "sgd_sai.muon_step._chunk": ("optimizers/muon_step.html#_chunk", "sgd_sai/muon_step.py"),
             "sgd_sai.muon_step._cost": ("optimizers/muon_step.html#_cost", "sgd_sai/muon_step.py"),
             "sgd_sai.muon_step._move": ("optimizers/muon_step.html#_move", "sgd_sai/muon_step.py"),

@@ -26,7 +26,7 @@ from .rest_kernels import add_momenta
 from .weight_layouts import WeightLayout
 
 # %% ../nbs/optimizers/muon_step.ipynb #428dc098
-STACKED = 2**22  # entries that are made orthogonal at a time
+STACKED = 2**18  # entries that the iteration works on at a time on a processor; on other devices sixteen times as many
 
 
 class Settings(NamedTuple):
@@ -129,15 +129,25 @@ def _update_momenta_(grads: list[Tensor], bufs: list[Tensor], mu: float):
             in_float32(lambda m, g: m.lerp_(g, 1 - mu), m, g, changed=(0,))
 
 
+def _at_a_time(t: Tensor, layout: WeightLayout) -> int:
+    "How many parameters like `t` fit into the memory that the iteration may take, at least one."
+    limit = STACKED if t.device.type == "cpu" else 16 * STACKED
+    needed = 0
+    for part in matrix_parts(t, layout):
+        n, rows, cols = part.shape
+        needed += n * (rows * cols + 2 * min(rows, cols) ** 2)
+    return max(1, limit // max(1, needed))
+
+
 def _pieces(tensors: tuple, layout: WeightLayout) -> list[tuple]:
     "A parameter, its gradient and its momentum; a large stack in parts along its first dimension, as views."
-    p = tensors[0]
-    if not layout.stacked or p.numel() <= STACKED or layout.split is not None:
+    if not layout.stacked:
         return [tensors]
-    count = max(1, STACKED // p[0].numel())
+    count = _at_a_time(tensors[0][:1], layout)
     return list(zip(*(t.split(count) for t in tensors), strict=True))
 
 
+# %% ../nbs/optimizers/muon_step.ipynb #9338f076
 def _step_in_batches(columns: list[list[Tensor]], rate, settings: Settings):
     "Step whole tensors, given as columns (params, grads) or (params, grads, bufs), those of equal shape together."
     alike = {}
@@ -146,8 +156,8 @@ def _step_in_batches(columns: list[list[Tensor]], rate, settings: Settings):
             for piece in _pieces(tensors, settings.layout):
                 p = piece[0]
                 alike.setdefault((p.shape, p.dtype, p.device), []).append(piece)
-    for (shape, *_), pieces in alike.items():
-        count = max(1, STACKED // shape.numel())
+    for pieces in alike.values():
+        count = _at_a_time(pieces[0][0], settings.layout)
         for i in range(0, len(pieces), count):
             params, grads, *bufs = map(list, zip(*pieces[i : i + count], strict=True))
             _step_alike(params, grads, bufs[0] if bufs else None, rate, settings)

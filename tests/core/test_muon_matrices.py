@@ -214,12 +214,12 @@ def test_a_kernel_of_a_convolution_is_one_matrix():
 def test_a_stack_that_is_larger_than_the_limit_goes_in_parts(monkeypatch):
     calls, real = [], orthogonalize_
     monkeypatch.setattr("sgd_sai.muon_step.orthogonalize_", lambda X, *args: (calls.append(X.numel()), real(X, *args)))
-    monkeypatch.setattr("sgd_sai.muon_step.STACKED", 100)
+    monkeypatch.setattr("sgd_sai.muon_step.STACKED", 250)  # three matrices of 6 x 5 with two squares of 5 x 5 each
     p, g = torch.randn(7, 6, 5), torch.randn(7, 6, 5)
     q, settings = p.clone(), dict(lr=0.1, weight_decay=0.0)
     stacks = Settings(layout=WeightLayout(stacked=True))
     muon_step([p], [g], [torch.zeros_like(p)], settings=stacks, **settings)
-    assert calls == [90, 90, 30] and STACKED > 100
+    assert calls == [90, 90, 30] and STACKED > 250
     for matrix, grad in zip(q, g, strict=True):
         muon_step([matrix], [grad], [torch.zeros(6, 5)], **settings)
     torch.testing.assert_close(p, q)
