@@ -148,7 +148,7 @@ def saved(opt, params):
 @each_rest
 @pytest.mark.parametrize("dtype, state_dtype, rounding", ROUNDED, ids=str)
 def test_a_step_after_loading_is_the_step_without_it(rest, dtype, state_dtype, rounding):
-    "At every one of 30 steps, of 6 in few bits: parameters and whole state, bit for bit, so that all later steps agree."
+    "At every one of 30 steps, of 6 in few bits: parameters and whole state, bit for bit."
     count = 30 if state_dtype is None and rounding is None else 6
     settings = dict(lr=0.02, rest=rest, state_dtype=state_dtype, rounding=rounding)
     params = small_params(dtype)
