@@ -3516,6 +3516,10 @@ d = {
                 "optimizers/muon_role_table.html#_columns",
                 "sgd_sai/muon_role_table.py",
             ),
+            "sgd_sai.muon_role_table._is_made_of_others": (
+                "optimizers/muon_role_table.html#_is_made_of_others",
+                "sgd_sai/muon_role_table.py",
+            ),
             "sgd_sai.muon_role_table._role_cells": (
                 "optimizers/muon_role_table.html#_role_cells",
                 "sgd_sai/muon_role_table.py",

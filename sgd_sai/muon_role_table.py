@@ -49,12 +49,19 @@ def _role_cells(row: RoleRow, columns: list[str]) -> list[str]:
 
 
 # %% ../nbs/optimizers/muon_role_table.ipynb #659f3d00
+def _is_made_of_others(row: RoleRow) -> bool:
+    "True if the matrices are not just the parameter as it stands."
+    return bool(row.matrices) and row.matrices != f"1 matrix of {' x '.join(map(str, row.shape))}"
+
+
 class RoleTable(list):
     "Rows of `role_table`, one `RoleRow` per parameter: prints as text, shows as HTML, converts."
 
     def __repr__(self):
         columns = [key for key in _columns(self) if key != "matrices"]
-        merged = [row._replace(why=f"{row.why}: {row.matrices}" if row.matrices else row.why) for row in self]
+        merged = [
+            row._replace(why=f"{row.why}: {row.matrices}" if _is_made_of_others(row) else row.why) for row in self
+        ]
         rows = [columns, *(_role_cells(row, columns) for row in merged)]
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
