@@ -1449,6 +1449,22 @@ d = {
                 "experiments/muon_adamw.html#_state_shapes",
                 "sgd_sai/experiments/muon_adamw.py",
             ),
+            "sgd_sai.experiments.muon_adamw.groups_by_name": (
+                "experiments/muon_adamw.html#groups_by_name",
+                "sgd_sai/experiments/muon_adamw.py",
+            ),
+            "sgd_sai.experiments.muon_adamw.groups_by_shape": (
+                "experiments/muon_adamw.html#groups_by_shape",
+                "sgd_sai/experiments/muon_adamw.py",
+            ),
+            "sgd_sai.experiments.muon_adamw.torch_muon": (
+                "experiments/muon_adamw.html#torch_muon",
+                "sgd_sai/experiments/muon_adamw.py",
+            ),
+            "sgd_sai.experiments.muon_adamw.torch_muon_adamw": (
+                "experiments/muon_adamw.html#torch_muon_adamw",
+                "sgd_sai/experiments/muon_adamw.py",
+            ),
         },
         "sgd_sai.experiments.optimizer_entries": {
             "sgd_sai.experiments.optimizer_entries.GivenCurvature": (
@@ -1467,24 +1483,8 @@ d = {
                 "experiments/optimizer_entries.html#_torch",
                 "sgd_sai/experiments/optimizer_entries.py",
             ),
-            "sgd_sai.experiments.optimizer_entries.groups_by_name": (
-                "experiments/optimizer_entries.html#groups_by_name",
-                "sgd_sai/experiments/optimizer_entries.py",
-            ),
-            "sgd_sai.experiments.optimizer_entries.groups_by_shape": (
-                "experiments/optimizer_entries.html#groups_by_shape",
-                "sgd_sai/experiments/optimizer_entries.py",
-            ),
             "sgd_sai.experiments.optimizer_entries.named_model": (
                 "experiments/optimizer_entries.html#named_model",
-                "sgd_sai/experiments/optimizer_entries.py",
-            ),
-            "sgd_sai.experiments.optimizer_entries.torch_muon": (
-                "experiments/optimizer_entries.html#torch_muon",
-                "sgd_sai/experiments/optimizer_entries.py",
-            ),
-            "sgd_sai.experiments.optimizer_entries.torch_muon_adamw": (
-                "experiments/optimizer_entries.html#torch_muon_adamw",
                 "sgd_sai/experiments/optimizer_entries.py",
             ),
         },

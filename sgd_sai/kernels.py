@@ -242,6 +242,7 @@ def _rounding(group: dict, p_dtype: torch.dtype, m_dtype: torch.dtype | None) ->
     return rounding if any(rounding) or m_dtype == torch.int8 else None
 
 
+# %% ../nbs/optimizers/kernels.ipynb #cd15e718
 def add_rounding_state(
     state: dict,  # of p; gets a step count or a compensation where they are missing
     p: Tensor,  # parameter
