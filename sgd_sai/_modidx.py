@@ -3730,6 +3730,10 @@ d = {
                 "sgd_sai/orthogonalize.py",
             ),
             "sgd_sai.orthogonalize._iterate_": ("optimizers/orthogonalize.html#_iterate_", "sgd_sai/orthogonalize.py"),
+            "sgd_sai.orthogonalize._overwrite_": (
+                "optimizers/orthogonalize.html#_overwrite_",
+                "sgd_sai/orthogonalize.py",
+            ),
             "sgd_sai.orthogonalize._power_of_two": (
                 "optimizers/orthogonalize.html#_power_of_two",
                 "sgd_sai/orthogonalize.py",

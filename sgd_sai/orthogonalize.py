@@ -95,15 +95,27 @@ def factor_dtype(
 
 
 # %% ../nbs/optimizers/orthogonalize.ipynb #d2a9f458
+def _overwrite_(X: Tensor, B: Tensor, a: float, room: Tensor):
+    "X = a X + B X in blocks of columns; `room` has the size of B."
+    for block in X.split(B.shape[2], dim=2):
+        block.copy_(torch.baddbmm(block, B, block, beta=a, out=room[..., : block.shape[2]]))
+
+
 def _iterate_(X: Tensor, triples: list[tuple[float, float, float]]):
-    "Apply the polynomials in place, with two square matrices beside X."
+    "Apply the polynomials in place, with two square matrices beside X, and in bfloat16 a second X."
     n, rows, _ = X.shape
     A, B = X.new_empty(n, rows, rows), X.new_empty(n, rows, rows)
+    result, other = X, torch.empty_like(X) if X.dtype == torch.bfloat16 else None
     for a, b, c in triples:
-        torch.bmm(X, X.mT, out=A)
+        torch.bmm(result, result.mT, out=A)
         torch.baddbmm(A, A, A, beta=b, alpha=c, out=B)
-        for block in X.split(rows, dim=2):
-            block.copy_(torch.baddbmm(block, B, block, beta=a, out=A[..., : block.shape[2]]))
+        if other is None:
+            _overwrite_(X, B, a, room=A)
+        else:
+            torch.baddbmm(result, B, result, beta=a, out=other)
+            result, other = other, result
+    if result is not X:
+        X.copy_(result)
 
 
 def orthogonalize_(
