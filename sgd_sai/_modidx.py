@@ -70,24 +70,23 @@ d = {
         "sgd_sai.adan": {
             "sgd_sai.adan.Adan": ("optimizers/adan.html#adan", "sgd_sai/adan.py"),
             "sgd_sai.adan.Adan.__init__": ("optimizers/adan.html#adan.__init__", "sgd_sai/adan.py"),
-            "sgd_sai.adan.Adan.is_own_group": ("optimizers/adan.html#adan.is_own_group", "sgd_sai/adan.py"),
-            "sgd_sai.adan.Adan.restart": ("optimizers/adan.html#adan.restart", "sgd_sai/adan.py"),
             "sgd_sai.adan.Adan.step": ("optimizers/adan.html#adan.step", "sgd_sai/adan.py"),
             "sgd_sai.adan._add_path_lengths": ("optimizers/adan.html#_add_path_lengths", "sgd_sai/adan.py"),
-            "sgd_sai.adan._check_groups": ("optimizers/adan.html#_check_groups", "sgd_sai/adan.py"),
+            "sgd_sai.adan._check_in_backward": ("optimizers/adan.html#_check_in_backward", "sgd_sai/adan.py"),
             "sgd_sai.adan._check_same_everywhere": ("optimizers/adan.html#_check_same_everywhere", "sgd_sai/adan.py"),
-            "sgd_sai.adan._converted": ("optimizers/adan.html#_converted", "sgd_sai/adan.py"),
+            "sgd_sai.adan._check_state_dtype": ("optimizers/adan.html#_check_state_dtype", "sgd_sai/adan.py"),
             "sgd_sai.adan._decay_options": ("optimizers/adan.html#_decay_options", "sgd_sai/adan.py"),
-            "sgd_sai.adan._fits": ("optimizers/adan.html#_fits", "sgd_sai/adan.py"),
             "sgd_sai.adan._hyperparameters": ("optimizers/adan.html#_hyperparameters", "sgd_sai/adan.py"),
-            "sgd_sai.adan._init_group": ("optimizers/adan.html#_init_group", "sgd_sai/adan.py"),
-            "sgd_sai.adan._init_state": ("optimizers/adan.html#_init_state", "sgd_sai/adan.py"),
+            "sgd_sai.adan._is_undecided": ("optimizers/adan.html#_is_undecided", "sgd_sai/adan.py"),
             "sgd_sai.adan._restart_long_paths": ("optimizers/adan.html#_restart_long_paths", "sgd_sai/adan.py"),
-            "sgd_sai.adan._state_shapes": ("optimizers/adan.html#_state_shapes", "sgd_sai/adan.py"),
             "sgd_sai.adan._step": ("optimizers/adan.html#_step", "sgd_sai/adan.py"),
             "sgd_sai.adan._step_differentiable": ("optimizers/adan.html#_step_differentiable", "sgd_sai/adan.py"),
             "sgd_sai.adan._step_group": ("optimizers/adan.html#_step_group", "sgd_sai/adan.py"),
             "sgd_sai.adan._step_in_place": ("optimizers/adan.html#_step_in_place", "sgd_sai/adan.py"),
+            "sgd_sai.adan._step_outside_graphs": ("optimizers/adan.html#_step_outside_graphs", "sgd_sai/adan.py"),
+            "sgd_sai.adan._step_param": ("optimizers/adan.html#_step_param", "sgd_sai/adan.py"),
+            "sgd_sai.adan._step_rounded": ("optimizers/adan.html#_step_rounded", "sgd_sai/adan.py"),
+            "sgd_sai.adan._take_stepped": ("optimizers/adan.html#_take_stepped", "sgd_sai/adan.py"),
             "sgd_sai.adan.adan_reference": ("optimizers/adan.html#adan_reference", "sgd_sai/adan.py"),
             "sgd_sai.adan.check_adan": ("optimizers/adan.html#check_adan", "sgd_sai/adan.py"),
         },
@@ -98,18 +97,57 @@ d = {
             ),
             "sgd_sai.adan_kernels._for_loop": ("optimizers/adan_kernels.html#_for_loop", "sgd_sai/adan_kernels.py"),
             "sgd_sai.adan_kernels._foreach": ("optimizers/adan_kernels.html#_foreach", "sgd_sai/adan_kernels.py"),
+            "sgd_sai.adan_kernels._step_chunk": ("optimizers/adan_kernels.html#_step_chunk", "sgd_sai/adan_kernels.py"),
             "sgd_sai.adan_kernels._step_tensor": (
                 "optimizers/adan_kernels.html#_step_tensor",
                 "sgd_sai/adan_kernels.py",
             ),
+            "sgd_sai.adan_kernels._store": ("optimizers/adan_kernels.html#_store", "sgd_sai/adan_kernels.py"),
             "sgd_sai.adan_kernels.adan_factors": (
                 "optimizers/adan_kernels.html#adan_factors",
+                "sgd_sai/adan_kernels.py",
+            ),
+            "sgd_sai.adan_kernels.step_adan_rounded": (
+                "optimizers/adan_kernels.html#step_adan_rounded",
                 "sgd_sai/adan_kernels.py",
             ),
             "sgd_sai.adan_kernels.step_adan_tensors": (
                 "optimizers/adan_kernels.html#step_adan_tensors",
                 "sgd_sai/adan_kernels.py",
             ),
+        },
+        "sgd_sai.adan_state": {
+            "sgd_sai.adan_state.AdanState": ("optimizers/adan_state.html#adanstate", "sgd_sai/adan_state.py"),
+            "sgd_sai.adan_state.AdanState.__getstate__": (
+                "optimizers/adan_state.html#adanstate.__getstate__",
+                "sgd_sai/adan_state.py",
+            ),
+            "sgd_sai.adan_state.AdanState.is_own_group": (
+                "optimizers/adan_state.html#adanstate.is_own_group",
+                "sgd_sai/adan_state.py",
+            ),
+            "sgd_sai.adan_state.AdanState.restart": (
+                "optimizers/adan_state.html#adanstate.restart",
+                "sgd_sai/adan_state.py",
+            ),
+            "sgd_sai.adan_state._converted": ("optimizers/adan_state.html#_converted", "sgd_sai/adan_state.py"),
+            "sgd_sai.adan_state._end_backward": ("optimizers/adan_state.html#_end_backward", "sgd_sai/adan_state.py"),
+            "sgd_sai.adan_state._fits": ("optimizers/adan_state.html#_fits", "sgd_sai/adan_state.py"),
+            "sgd_sai.adan_state._restored_state": (
+                "optimizers/adan_state.html#_restored_state",
+                "sgd_sai/adan_state.py",
+            ),
+            "sgd_sai.adan_state._state_shapes": ("optimizers/adan_state.html#_state_shapes", "sgd_sai/adan_state.py"),
+            "sgd_sai.adan_state.forget_last_gradients": (
+                "optimizers/adan_state.html#forget_last_gradients",
+                "sgd_sai/adan_state.py",
+            ),
+            "sgd_sai.adan_state.init_averages": ("optimizers/adan_state.html#init_averages", "sgd_sai/adan_state.py"),
+            "sgd_sai.adan_state.init_last_gradient": (
+                "optimizers/adan_state.html#init_last_gradient",
+                "sgd_sai/adan_state.py",
+            ),
+            "sgd_sai.adan_state.params_to_step": ("optimizers/adan_state.html#params_to_step", "sgd_sai/adan_state.py"),
         },
         "sgd_sai.analysis.claims": {
             "sgd_sai.analysis.claims._batch_claim": ("analysis/claims.html#_batch_claim", "sgd_sai/analysis/claims.py"),
@@ -1411,6 +1449,22 @@ d = {
                 "experiments/muon_adamw.html#_state_shapes",
                 "sgd_sai/experiments/muon_adamw.py",
             ),
+            "sgd_sai.experiments.muon_adamw.groups_by_name": (
+                "experiments/muon_adamw.html#groups_by_name",
+                "sgd_sai/experiments/muon_adamw.py",
+            ),
+            "sgd_sai.experiments.muon_adamw.groups_by_shape": (
+                "experiments/muon_adamw.html#groups_by_shape",
+                "sgd_sai/experiments/muon_adamw.py",
+            ),
+            "sgd_sai.experiments.muon_adamw.torch_muon": (
+                "experiments/muon_adamw.html#torch_muon",
+                "sgd_sai/experiments/muon_adamw.py",
+            ),
+            "sgd_sai.experiments.muon_adamw.torch_muon_adamw": (
+                "experiments/muon_adamw.html#torch_muon_adamw",
+                "sgd_sai/experiments/muon_adamw.py",
+            ),
         },
         "sgd_sai.experiments.optimizer_entries": {
             "sgd_sai.experiments.optimizer_entries.GivenCurvature": (
@@ -1429,16 +1483,8 @@ d = {
                 "experiments/optimizer_entries.html#_torch",
                 "sgd_sai/experiments/optimizer_entries.py",
             ),
-            "sgd_sai.experiments.optimizer_entries.groups_by_shape": (
-                "experiments/optimizer_entries.html#groups_by_shape",
-                "sgd_sai/experiments/optimizer_entries.py",
-            ),
             "sgd_sai.experiments.optimizer_entries.named_model": (
                 "experiments/optimizer_entries.html#named_model",
-                "sgd_sai/experiments/optimizer_entries.py",
-            ),
-            "sgd_sai.experiments.optimizer_entries.torch_muon": (
-                "experiments/optimizer_entries.html#torch_muon",
                 "sgd_sai/experiments/optimizer_entries.py",
             ),
         },
@@ -3038,6 +3084,10 @@ d = {
                 "internals/loading.html#loadingoptimizer.load_state_dict",
                 "sgd_sai/internals/loading.py",
             ),
+            "sgd_sai.internals.loading.LoadingOptimizer.regrouped": (
+                "internals/loading.html#loadingoptimizer.regrouped",
+                "sgd_sai/internals/loading.py",
+            ),
             "sgd_sai.internals.loading.LoadingOptimizer.restored": (
                 "internals/loading.html#loadingoptimizer.restored",
                 "sgd_sai/internals/loading.py",
@@ -3147,6 +3197,10 @@ d = {
             ),
         },
         "sgd_sai.internals.rounding": {
+            "sgd_sai.internals.rounding._chunk_size": (
+                "internals/rounding.html#_chunk_size",
+                "sgd_sai/internals/rounding.py",
+            ),
             "sgd_sai.internals.rounding._cut": ("internals/rounding.html#_cut", "sgd_sai/internals/rounding.py"),
             "sgd_sai.internals.rounding._flat": ("internals/rounding.html#_flat", "sgd_sai/internals/rounding.py"),
             "sgd_sai.internals.rounding._hashed": ("internals/rounding.html#_hashed", "sgd_sai/internals/rounding.py"),
@@ -3183,6 +3237,14 @@ d = {
             ),
             "sgd_sai.internals.rounding.stochastic_round_": (
                 "internals/rounding.html#stochastic_round_",
+                "sgd_sai/internals/rounding.py",
+            ),
+            "sgd_sai.internals.rounding.update_momentum": (
+                "internals/rounding.html#update_momentum",
+                "sgd_sai/internals/rounding.py",
+            ),
+            "sgd_sai.internals.rounding.zero_momentum": (
+                "internals/rounding.html#zero_momentum",
                 "sgd_sai/internals/rounding.py",
             ),
         },
@@ -3277,6 +3339,24 @@ d = {
                 "sgd_sai/internals/sharding.py",
             ),
         },
+        "sgd_sai.internals.single_steps": {
+            "sgd_sai.internals.single_steps.SingleSteps": (
+                "internals/single_steps.html#singlesteps",
+                "sgd_sai/internals/single_steps.py",
+            ),
+            "sgd_sai.internals.single_steps.SingleSteps.check_in_backward": (
+                "internals/single_steps.html#singlesteps.check_in_backward",
+                "sgd_sai/internals/single_steps.py",
+            ),
+            "sgd_sai.internals.single_steps.SingleSteps.end_backward": (
+                "internals/single_steps.html#singlesteps.end_backward",
+                "sgd_sai/internals/single_steps.py",
+            ),
+            "sgd_sai.internals.single_steps.SingleSteps.step_param": (
+                "internals/single_steps.html#singlesteps.step_param",
+                "sgd_sai/internals/single_steps.py",
+            ),
+        },
         "sgd_sai.kernels": {
             "sgd_sai.kernels.Rounding": ("optimizers/kernels.html#rounding", "sgd_sai/kernels.py"),
             "sgd_sai.kernels._add_": ("optimizers/kernels.html#_add_", "sgd_sai/kernels.py"),
@@ -3304,8 +3384,50 @@ d = {
             "sgd_sai.kernels._step_group": ("optimizers/kernels.html#_step_group", "sgd_sai/kernels.py"),
             "sgd_sai.kernels._step_rounded": ("optimizers/kernels.html#_step_rounded", "sgd_sai/kernels.py"),
             "sgd_sai.kernels._step_tensor": ("optimizers/kernels.html#_step_tensor", "sgd_sai/kernels.py"),
+            "sgd_sai.kernels.add_rounding_state": ("optimizers/kernels.html#add_rounding_state", "sgd_sai/kernels.py"),
             "sgd_sai.kernels.check_entries": ("optimizers/kernels.html#check_entries", "sgd_sai/kernels.py"),
             "sgd_sai.kernels.step_groups": ("optimizers/kernels.html#step_groups", "sgd_sai/kernels.py"),
+        },
+        "sgd_sai.model_layers": {
+            "sgd_sai.model_layers.LayerParameter": (
+                "optimizers/model_layers.html#layerparameter",
+                "sgd_sai/model_layers.py",
+            ),
+            "sgd_sai.model_layers._is_composite": (
+                "optimizers/model_layers.html#_is_composite",
+                "sgd_sai/model_layers.py",
+            ),
+            "sgd_sai.model_layers._layer_path": ("optimizers/model_layers.html#_layer_path", "sgd_sai/model_layers.py"),
+            "sgd_sai.model_layers._own_parameters": (
+                "optimizers/model_layers.html#_own_parameters",
+                "sgd_sai/model_layers.py",
+            ),
+            "sgd_sai.model_layers.is_gain": ("optimizers/model_layers.html#is_gain", "sgd_sai/model_layers.py"),
+            "sgd_sai.model_layers.is_within": ("optimizers/model_layers.html#is_within", "sgd_sai/model_layers.py"),
+            "sgd_sai.model_layers.layer_parameters": (
+                "optimizers/model_layers.html#layer_parameters",
+                "sgd_sai/model_layers.py",
+            ),
+            "sgd_sai.model_layers.repeated_blocks": (
+                "optimizers/model_layers.html#repeated_blocks",
+                "sgd_sai/model_layers.py",
+            ),
+        },
+        "sgd_sai.muon_checks": {
+            "sgd_sai.muon_checks._check_finite": (
+                "optimizers/muon_checks.html#_check_finite",
+                "sgd_sai/muon_checks.py",
+            ),
+            "sgd_sai.muon_checks._check_same_in_all_processes": (
+                "optimizers/muon_checks.html#_check_same_in_all_processes",
+                "sgd_sai/muon_checks.py",
+            ),
+            "sgd_sai.muon_checks._check_same_in_group": (
+                "optimizers/muon_checks.html#_check_same_in_group",
+                "sgd_sai/muon_checks.py",
+            ),
+            "sgd_sai.muon_checks._finite": ("optimizers/muon_checks.html#_finite", "sgd_sai/muon_checks.py"),
+            "sgd_sai.muon_checks.check_step": ("optimizers/muon_checks.html#check_step", "sgd_sai/muon_checks.py"),
         },
         "sgd_sai.muon_groups": {
             "sgd_sai.muon_groups._check_keys": ("optimizers/muon_groups.html#_check_keys", "sgd_sai/muon_groups.py"),
@@ -3313,20 +3435,12 @@ d = {
                 "optimizers/muon_groups.html#_checked_groups",
                 "sgd_sai/muon_groups.py",
             ),
-            "sgd_sai.muon_groups._is_gain": ("optimizers/muon_groups.html#_is_gain", "sgd_sai/muon_groups.py"),
-            "sgd_sai.muon_groups._of_convolutions": (
-                "optimizers/muon_groups.html#_of_convolutions",
-                "sgd_sai/muon_groups.py",
-            ),
-            "sgd_sai.muon_groups._own_matrices": (
-                "optimizers/muon_groups.html#_own_matrices",
-                "sgd_sai/muon_groups.py",
-            ),
-            "sgd_sai.muon_groups._weights": ("optimizers/muon_groups.html#_weights", "sgd_sai/muon_groups.py"),
+            "sgd_sai.muon_groups._chosen": ("optimizers/muon_groups.html#_chosen", "sgd_sai/muon_groups.py"),
             "sgd_sai.muon_groups.as_muon_groups": (
                 "optimizers/muon_groups.html#as_muon_groups",
                 "sgd_sai/muon_groups.py",
             ),
+            "sgd_sai.muon_groups.group_of": ("optimizers/muon_groups.html#group_of", "sgd_sai/muon_groups.py"),
             "sgd_sai.muon_groups.hidden_matrices": (
                 "optimizers/muon_groups.html#hidden_matrices",
                 "sgd_sai/muon_groups.py",
@@ -3337,57 +3451,418 @@ d = {
                 "sgd_sai/muon_groups.py",
             ),
             "sgd_sai.muon_groups.read_mark": ("optimizers/muon_groups.html#read_mark", "sgd_sai/muon_groups.py"),
+            "sgd_sai.muon_groups.sorted_parameters": (
+                "optimizers/muon_groups.html#sorted_parameters",
+                "sgd_sai/muon_groups.py",
+            ),
             "sgd_sai.muon_groups.with_defaults": (
                 "optimizers/muon_groups.html#with_defaults",
                 "sgd_sai/muon_groups.py",
             ),
         },
-        "sgd_sai.muon_sai": {
-            "sgd_sai.muon_sai.MuonSaI": ("optimizers/muon_sai.html#muonsai", "sgd_sai/muon_sai.py"),
-            "sgd_sai.muon_sai.MuonSaI.__getstate__": (
-                "optimizers/muon_sai.html#muonsai.__getstate__",
-                "sgd_sai/muon_sai.py",
+        "sgd_sai.muon_layout": {
+            "sgd_sai.muon_layout.Part": ("optimizers/muon_layout.html#part", "sgd_sai/muon_layout.py"),
+            "sgd_sai.muon_layout.Part.shape": ("optimizers/muon_layout.html#part.shape", "sgd_sai/muon_layout.py"),
+            "sgd_sai.muon_layout.as_part": ("optimizers/muon_layout.html#as_part", "sgd_sai/muon_layout.py"),
+            "sgd_sai.muon_layout.check_layout": ("optimizers/muon_layout.html#check_layout", "sgd_sai/muon_layout.py"),
+            "sgd_sai.muon_layout.layout_of": ("optimizers/muon_layout.html#layout_of", "sgd_sai/muon_layout.py"),
+            "sgd_sai.muon_layout.matrix_parts": ("optimizers/muon_layout.html#matrix_parts", "sgd_sai/muon_layout.py"),
+            "sgd_sai.muon_layout.step_length": ("optimizers/muon_layout.html#step_length", "sgd_sai/muon_layout.py"),
+        },
+        "sgd_sai.muon_options": {
+            "sgd_sai.muon_options._check_matrices": (
+                "optimizers/muon_options.html#_check_matrices",
+                "sgd_sai/muon_options.py",
             ),
+            "sgd_sai.muon_options._is_older": ("optimizers/muon_options.html#_is_older", "sgd_sai/muon_options.py"),
+            "sgd_sai.muon_options._role_of": ("optimizers/muon_options.html#_role_of", "sgd_sai/muon_options.py"),
+            "sgd_sai.muon_options.check_muon_sai": (
+                "optimizers/muon_options.html#check_muon_sai",
+                "sgd_sai/muon_options.py",
+            ),
+            "sgd_sai.muon_options.complete_group": (
+                "optimizers/muon_options.html#complete_group",
+                "sgd_sai/muon_options.py",
+            ),
+            "sgd_sai.muon_options.from_adam": ("optimizers/muon_options.html#from_adam", "sgd_sai/muon_options.py"),
+            "sgd_sai.muon_options.regroup": ("optimizers/muon_options.html#regroup", "sgd_sai/muon_options.py"),
+            "sgd_sai.muon_options.rest_options": (
+                "optimizers/muon_options.html#rest_options",
+                "sgd_sai/muon_options.py",
+            ),
+        },
+        "sgd_sai.muon_role_table": {
+            "sgd_sai.muon_role_table.RoleRow": (
+                "optimizers/muon_role_table.html#rolerow",
+                "sgd_sai/muon_role_table.py",
+            ),
+            "sgd_sai.muon_role_table.RoleTable": (
+                "optimizers/muon_role_table.html#roletable",
+                "sgd_sai/muon_role_table.py",
+            ),
+            "sgd_sai.muon_role_table.RoleTable.__repr__": (
+                "optimizers/muon_role_table.html#roletable.__repr__",
+                "sgd_sai/muon_role_table.py",
+            ),
+            "sgd_sai.muon_role_table.RoleTable._repr_html_": (
+                "optimizers/muon_role_table.html#roletable._repr_html_",
+                "sgd_sai/muon_role_table.py",
+            ),
+            "sgd_sai.muon_role_table.RoleTable.to_pandas": (
+                "optimizers/muon_role_table.html#roletable.to_pandas",
+                "sgd_sai/muon_role_table.py",
+            ),
+            "sgd_sai.muon_role_table._columns": (
+                "optimizers/muon_role_table.html#_columns",
+                "sgd_sai/muon_role_table.py",
+            ),
+            "sgd_sai.muon_role_table._is_made_of_others": (
+                "optimizers/muon_role_table.html#_is_made_of_others",
+                "sgd_sai/muon_role_table.py",
+            ),
+            "sgd_sai.muon_role_table._role_cells": (
+                "optimizers/muon_role_table.html#_role_cells",
+                "sgd_sai/muon_role_table.py",
+            ),
+            "sgd_sai.muon_role_table.role_table": (
+                "optimizers/muon_role_table.html#role_table",
+                "sgd_sai/muon_role_table.py",
+            ),
+        },
+        "sgd_sai.muon_roles": {
+            "sgd_sai.muon_roles.ParameterRole": ("optimizers/muon_roles.html#parameterrole", "sgd_sai/muon_roles.py"),
+            "sgd_sai.muon_roles._Layer": ("optimizers/muon_roles.html#_layer", "sgd_sai/muon_roles.py"),
+            "sgd_sai.muon_roles._Layer.is_embedding": (
+                "optimizers/muon_roles.html#_layer.is_embedding",
+                "sgd_sai/muon_roles.py",
+            ),
+            "sgd_sai.muon_roles._Layer.last_name": (
+                "optimizers/muon_roles.html#_layer.last_name",
+                "sgd_sai/muon_roles.py",
+            ),
+            "sgd_sai.muon_roles._Rule": ("optimizers/muon_roles.html#_rule", "sgd_sai/muon_roles.py"),
+            "sgd_sai.muon_roles._Rule.__init__": ("optimizers/muon_roles.html#_rule.__init__", "sgd_sai/muon_roles.py"),
+            "sgd_sai.muon_roles._Rule.role_in": ("optimizers/muon_roles.html#_rule.role_in", "sgd_sai/muon_roles.py"),
+            "sgd_sai.muon_roles._around": ("optimizers/muon_roles.html#_around", "sgd_sai/muon_roles.py"),
+            "sgd_sai.muon_roles._by_patterns": ("optimizers/muon_roles.html#_by_patterns", "sgd_sai/muon_roles.py"),
+            "sgd_sai.muon_roles._channels": ("optimizers/muon_roles.html#_channels", "sgd_sai/muon_roles.py"),
+            "sgd_sai.muon_roles._checked_option": (
+                "optimizers/muon_roles.html#_checked_option",
+                "sgd_sai/muon_roles.py",
+            ),
+            "sgd_sai.muon_roles._checked_settings": (
+                "optimizers/muon_roles.html#_checked_settings",
+                "sgd_sai/muon_roles.py",
+            ),
+            "sgd_sai.muon_roles._compiled": ("optimizers/muon_roles.html#_compiled", "sgd_sai/muon_roles.py"),
+            "sgd_sai.muon_roles._head_layers": ("optimizers/muon_roles.html#_head_layers", "sgd_sai/muon_roles.py"),
+            "sgd_sai.muon_roles._input_layers": ("optimizers/muon_roles.html#_input_layers", "sgd_sai/muon_roles.py"),
+            "sgd_sai.muon_roles._is_called_head": (
+                "optimizers/muon_roles.html#_is_called_head",
+                "sgd_sai/muon_roles.py",
+            ),
+            "sgd_sai.muon_roles._is_stack_of_experts": (
+                "optimizers/muon_roles.html#_is_stack_of_experts",
+                "sgd_sai/muon_roles.py",
+            ),
+            "sgd_sai.muon_roles._is_weight": ("optimizers/muon_roles.html#_is_weight", "sgd_sai/muon_roles.py"),
+            "sgd_sai.muon_roles._kind": ("optimizers/muon_roles.html#_kind", "sgd_sai/muon_roles.py"),
+            "sgd_sai.muon_roles._layout_in": ("optimizers/muon_roles.html#_layout_in", "sgd_sai/muon_roles.py"),
+            "sgd_sai.muon_roles._loose_role": ("optimizers/muon_roles.html#_loose_role", "sgd_sai/muon_roles.py"),
+            "sgd_sai.muon_roles._output_embedding": (
+                "optimizers/muon_roles.html#_output_embedding",
+                "sgd_sai/muon_roles.py",
+            ),
+            "sgd_sai.muon_roles._outputs": ("optimizers/muon_roles.html#_outputs", "sgd_sai/muon_roles.py"),
+            "sgd_sai.muon_roles._overridden": ("optimizers/muon_roles.html#_overridden", "sgd_sai/muon_roles.py"),
+            "sgd_sai.muon_roles._role": ("optimizers/muon_roles.html#_role", "sgd_sai/muon_roles.py"),
+            "sgd_sai.muon_roles._says_it_has_no_head": (
+                "optimizers/muon_roles.html#_says_it_has_no_head",
+                "sgd_sai/muon_roles.py",
+            ),
+            "sgd_sai.muon_roles._sees_pictures": ("optimizers/muon_roles.html#_sees_pictures", "sgd_sai/muon_roles.py"),
+            "sgd_sai.muon_roles._weight_layers": ("optimizers/muon_roles.html#_weight_layers", "sgd_sai/muon_roles.py"),
+            "sgd_sai.muon_roles._why_vector": ("optimizers/muon_roles.html#_why_vector", "sgd_sai/muon_roles.py"),
+            "sgd_sai.muon_roles._with_layout": ("optimizers/muon_roles.html#_with_layout", "sgd_sai/muon_roles.py"),
+            "sgd_sai.muon_roles.parameter_roles": (
+                "optimizers/muon_roles.html#parameter_roles",
+                "sgd_sai/muon_roles.py",
+            ),
+        },
+        "sgd_sai.muon_sai": {
+            "sgd_sai.muon_sai.MuonOptimizer": ("optimizers/muon_sai.html#muonoptimizer", "sgd_sai/muon_sai.py"),
+            "sgd_sai.muon_sai.MuonSaI": ("optimizers/muon_sai.html#muonsai", "sgd_sai/muon_sai.py"),
             "sgd_sai.muon_sai.MuonSaI.__init__": ("optimizers/muon_sai.html#muonsai.__init__", "sgd_sai/muon_sai.py"),
             "sgd_sai.muon_sai._add_param_group": ("optimizers/muon_sai.html#_add_param_group", "sgd_sai/muon_sai.py"),
-            "sgd_sai.muon_sai._both_defaults": ("optimizers/muon_sai.html#_both_defaults", "sgd_sai/muon_sai.py"),
-            "sgd_sai.muon_sai._check_matrix": ("optimizers/muon_sai.html#_check_matrix", "sgd_sai/muon_sai.py"),
+            "sgd_sai.muon_sai._build": ("optimizers/muon_sai.html#_build", "sgd_sai/muon_sai.py"),
+            "sgd_sai.muon_sai._defaults": ("optimizers/muon_sai.html#_defaults", "sgd_sai/muon_sai.py"),
+            "sgd_sai.muon_sai._getstate": ("optimizers/muon_sai.html#_getstate", "sgd_sai/muon_sai.py"),
             "sgd_sai.muon_sai._is_own_group": ("optimizers/muon_sai.html#_is_own_group", "sgd_sai/muon_sai.py"),
-            "sgd_sai.muon_sai._of_adam": ("optimizers/muon_sai.html#_of_adam", "sgd_sai/muon_sai.py"),
+            "sgd_sai.muon_sai._regrouped": ("optimizers/muon_sai.html#_regrouped", "sgd_sai/muon_sai.py"),
+            "sgd_sai.muon_sai._role_table": ("optimizers/muon_sai.html#_role_table", "sgd_sai/muon_sai.py"),
+            "sgd_sai.muon_sai._setstate": ("optimizers/muon_sai.html#_setstate", "sgd_sai/muon_sai.py"),
+            "sgd_sai.muon_sai._step_entries": ("optimizers/muon_sai.html#_step_entries", "sgd_sai/muon_sai.py"),
             "sgd_sai.muon_sai._step_muon_sai": ("optimizers/muon_sai.html#_step_muon_sai", "sgd_sai/muon_sai.py"),
-            "sgd_sai.muon_sai.check_muon_sai": ("optimizers/muon_sai.html#check_muon_sai", "sgd_sai/muon_sai.py"),
+            "sgd_sai.muon_sai._step_param": ("optimizers/muon_sai.html#_step_param", "sgd_sai/muon_sai.py"),
+            "sgd_sai.muon_sai._with_todays_names": (
+                "optimizers/muon_sai.html#_with_todays_names",
+                "sgd_sai/muon_sai.py",
+            ),
+        },
+        "sgd_sai.muon_sharing": {
+            "sgd_sai.muon_sharing._Matrix": ("optimizers/muon_sharing.html#_matrix", "sgd_sai/muon_sharing.py"),
+            "sgd_sai.muon_sharing._Matrix.shard_shapes": (
+                "optimizers/muon_sharing.html#_matrix.shard_shapes",
+                "sgd_sai/muon_sharing.py",
+            ),
+            "sgd_sai.muon_sharing._Matrix.update": (
+                "optimizers/muon_sharing.html#_matrix.update",
+                "sgd_sai/muon_sharing.py",
+            ),
+            "sgd_sai.muon_sharing._Sharing": ("optimizers/muon_sharing.html#_sharing", "sgd_sai/muon_sharing.py"),
+            "sgd_sai.muon_sharing._Sharing.position": (
+                "optimizers/muon_sharing.html#_sharing.position",
+                "sgd_sai/muon_sharing.py",
+            ),
+            "sgd_sai.muon_sharing._all_to_all": ("optimizers/muon_sharing.html#_all_to_all", "sgd_sai/muon_sharing.py"),
+            "sgd_sai.muon_sharing._batches": ("optimizers/muon_sharing.html#_batches", "sgd_sai/muon_sharing.py"),
+            "sgd_sai.muon_sharing._check": ("optimizers/muon_sharing.html#_check", "sgd_sai/muon_sharing.py"),
+            "sgd_sai.muon_sharing._exchange_copies": (
+                "optimizers/muon_sharing.html#_exchange_copies",
+                "sgd_sai/muon_sharing.py",
+            ),
+            "sgd_sai.muon_sharing._factors_by_shape": (
+                "optimizers/muon_sharing.html#_factors_by_shape",
+                "sgd_sai/muon_sharing.py",
+            ),
+            "sgd_sai.muon_sharing._gather_updates": (
+                "optimizers/muon_sharing.html#_gather_updates",
+                "sgd_sai/muon_sharing.py",
+            ),
+            "sgd_sai.muon_sharing._group_sharing": (
+                "optimizers/muon_sharing.html#_group_sharing",
+                "sgd_sai/muon_sharing.py",
+            ),
+            "sgd_sai.muon_sharing._matrix": ("optimizers/muon_sharing.html#_matrix", "sgd_sai/muon_sharing.py"),
+            "sgd_sai.muon_sharing._mesh_sharing": (
+                "optimizers/muon_sharing.html#_mesh_sharing",
+                "sgd_sai/muon_sharing.py",
+            ),
+            "sgd_sai.muon_sharing._one_after_another": (
+                "optimizers/muon_sharing.html#_one_after_another",
+                "sgd_sai/muon_sharing.py",
+            ),
+            "sgd_sai.muon_sharing._owned": ("optimizers/muon_sharing.html#_owned", "sgd_sai/muon_sharing.py"),
+            "sgd_sai.muon_sharing._packed": ("optimizers/muon_sharing.html#_packed", "sgd_sai/muon_sharing.py"),
+            "sgd_sai.muon_sharing._repeated_batch": (
+                "optimizers/muon_sharing.html#_repeated_batch",
+                "sgd_sai/muon_sharing.py",
+            ),
+            "sgd_sai.muon_sharing._rounds": ("optimizers/muon_sharing.html#_rounds", "sgd_sai/muon_sharing.py"),
+            "sgd_sai.muon_sharing._scatter_factors": (
+                "optimizers/muon_sharing.html#_scatter_factors",
+                "sgd_sai/muon_sharing.py",
+            ),
+            "sgd_sai.muon_sharing._shared_round": (
+                "optimizers/muon_sharing.html#_shared_round",
+                "sgd_sai/muon_sharing.py",
+            ),
+            "sgd_sai.muon_sharing._shared_rounds": (
+                "optimizers/muon_sharing.html#_shared_rounds",
+                "sgd_sai/muon_sharing.py",
+            ),
+            "sgd_sai.muon_sharing._sharing": ("optimizers/muon_sharing.html#_sharing", "sgd_sai/muon_sharing.py"),
+            "sgd_sai.muon_sharing._sharings": ("optimizers/muon_sharing.html#_sharings", "sgd_sai/muon_sharing.py"),
+            "sgd_sai.muon_sharing._take": ("optimizers/muon_sharing.html#_take", "sgd_sai/muon_sharing.py"),
+            "sgd_sai.muon_sharing._unpacked": ("optimizers/muon_sharing.html#_unpacked", "sgd_sai/muon_sharing.py"),
+            "sgd_sai.muon_sharing._update_others": (
+                "optimizers/muon_sharing.html#_update_others",
+                "sgd_sai/muon_sharing.py",
+            ),
+            "sgd_sai.muon_sharing.shared_factors": (
+                "optimizers/muon_sharing.html#shared_factors",
+                "sgd_sai/muon_sharing.py",
+            ),
         },
         "sgd_sai.muon_step": {
-            "sgd_sai.muon_step._as_matrices": ("optimizers/muon_step.html#_as_matrices", "sgd_sai/muon_step.py"),
-            "sgd_sai.muon_step._check_finite": ("optimizers/muon_step.html#_check_finite", "sgd_sai/muon_step.py"),
-            "sgd_sai.muon_step._check_same_in_all_processes": (
-                "optimizers/muon_step.html#_check_same_in_all_processes",
+            "sgd_sai.muon_step.Settings": ("optimizers/muon_step.html#settings", "sgd_sai/muon_step.py"),
+            "sgd_sai.muon_step._Matrix": ("optimizers/muon_step.html#_matrix", "sgd_sai/muon_step.py"),
+            "sgd_sai.muon_step._Matrix.position": (
+                "optimizers/muon_step.html#_matrix.position",
                 "sgd_sai/muon_step.py",
             ),
-            "sgd_sai.muon_step._finite": ("optimizers/muon_step.html#_finite", "sgd_sai/muon_step.py"),
-            "sgd_sai.muon_step._orthogonal_factors": (
-                "optimizers/muon_step.html#_orthogonal_factors",
+            "sgd_sai.muon_step._Matrix.rounding": (
+                "optimizers/muon_step.html#_matrix.rounding",
                 "sgd_sai/muon_step.py",
             ),
+            "sgd_sai.muon_step._Stack": ("optimizers/muon_step.html#_stack", "sgd_sai/muon_step.py"),
+            "sgd_sai.muon_step._add_scaled_": ("optimizers/muon_step.html#_add_scaled_", "sgd_sai/muon_step.py"),
+            "sgd_sai.muon_step._at_a_time": ("optimizers/muon_step.html#_at_a_time", "sgd_sai/muon_step.py"),
+            "sgd_sai.muon_step._chunk": ("optimizers/muon_step.html#_chunk", "sgd_sai/muon_step.py"),
+            "sgd_sai.muon_step._cost": ("optimizers/muon_step.html#_cost", "sgd_sai/muon_step.py"),
+            "sgd_sai.muon_step._move": ("optimizers/muon_step.html#_move", "sgd_sai/muon_step.py"),
+            "sgd_sai.muon_step._pieces": ("optimizers/muon_step.html#_pieces", "sgd_sai/muon_step.py"),
+            "sgd_sai.muon_step._stacks": ("optimizers/muon_step.html#_stacks", "sgd_sai/muon_step.py"),
             "sgd_sai.muon_step._step_alike": ("optimizers/muon_step.html#_step_alike", "sgd_sai/muon_step.py"),
-            "sgd_sai.muon_step._update_momenta": ("optimizers/muon_step.html#_update_momenta", "sgd_sai/muon_step.py"),
-            "sgd_sai.muon_step.check_matrices": ("optimizers/muon_step.html#check_matrices", "sgd_sai/muon_step.py"),
+            "sgd_sai.muon_step._step_in_batches": (
+                "optimizers/muon_step.html#_step_in_batches",
+                "sgd_sai/muon_step.py",
+            ),
+            "sgd_sai.muon_step._step_with_updates": (
+                "optimizers/muon_step.html#_step_with_updates",
+                "sgd_sai/muon_step.py",
+            ),
+            "sgd_sai.muon_step._update_at": ("optimizers/muon_step.html#_update_at", "sgd_sai/muon_step.py"),
+            "sgd_sai.muon_step._update_momenta_": (
+                "optimizers/muon_step.html#_update_momenta_",
+                "sgd_sai/muon_step.py",
+            ),
+            "sgd_sai.muon_step._update_of": ("optimizers/muon_step.html#_update_of", "sgd_sai/muon_step.py"),
+            "sgd_sai.muon_step._write_update": ("optimizers/muon_step.html#_write_update", "sgd_sai/muon_step.py"),
+            "sgd_sai.muon_step.directions": ("optimizers/muon_step.html#directions", "sgd_sai/muon_step.py"),
             "sgd_sai.muon_step.muon_step": ("optimizers/muon_step.html#muon_step", "sgd_sai/muon_step.py"),
+            "sgd_sai.muon_step.settings_of": ("optimizers/muon_step.html#settings_of", "sgd_sai/muon_step.py"),
             "sgd_sai.muon_step.step_matrices": ("optimizers/muon_step.html#step_matrices", "sgd_sai/muon_step.py"),
         },
         "sgd_sai.orthogonalize": {
+            "sgd_sai.orthogonalize._has_bfloat16": (
+                "optimizers/orthogonalize.html#_has_bfloat16",
+                "sgd_sai/orthogonalize.py",
+            ),
+            "sgd_sai.orthogonalize._iterate_": ("optimizers/orthogonalize.html#_iterate_", "sgd_sai/orthogonalize.py"),
+            "sgd_sai.orthogonalize._overwrite_": (
+                "optimizers/orthogonalize.html#_overwrite_",
+                "sgd_sai/orthogonalize.py",
+            ),
             "sgd_sai.orthogonalize._power_of_two": (
                 "optimizers/orthogonalize.html#_power_of_two",
                 "sgd_sai/orthogonalize.py",
             ),
-            "sgd_sai.orthogonalize._to_norm_one": (
-                "optimizers/orthogonalize.html#_to_norm_one",
+            "sgd_sai.orthogonalize._scale": ("optimizers/orthogonalize.html#_scale", "sgd_sai/orthogonalize.py"),
+            "sgd_sai.orthogonalize._to_norm_one_": (
+                "optimizers/orthogonalize.html#_to_norm_one_",
+                "sgd_sai/orthogonalize.py",
+            ),
+            "sgd_sai.orthogonalize.factor_dtype": (
+                "optimizers/orthogonalize.html#factor_dtype",
+                "sgd_sai/orthogonalize.py",
+            ),
+            "sgd_sai.orthogonalize.get_coefficients": (
+                "optimizers/orthogonalize.html#get_coefficients",
                 "sgd_sai/orthogonalize.py",
             ),
             "sgd_sai.orthogonalize.orthogonalize": (
                 "optimizers/orthogonalize.html#orthogonalize",
                 "sgd_sai/orthogonalize.py",
             ),
+            "sgd_sai.orthogonalize.orthogonalize_": (
+                "optimizers/orthogonalize.html#orthogonalize_",
+                "sgd_sai/orthogonalize.py",
+            ),
+        },
+        "sgd_sai.rest_kernels": {
+            "sgd_sai.rest_kernels._RowEntry": ("optimizers/rest_kernels.html#_rowentry", "sgd_sai/rest_kernels.py"),
+            "sgd_sai.rest_kernels._by_kind": ("optimizers/rest_kernels.html#_by_kind", "sgd_sai/rest_kernels.py"),
+            "sgd_sai.rest_kernels._check_same_rows": (
+                "optimizers/rest_kernels.html#_check_same_rows",
+                "sgd_sai/rest_kernels.py",
+            ),
+            "sgd_sai.rest_kernels._for_loop": ("optimizers/rest_kernels.html#_for_loop", "sgd_sai/rest_kernels.py"),
+            "sgd_sai.rest_kernels._foreach_adams": (
+                "optimizers/rest_kernels.html#_foreach_adams",
+                "sgd_sai/rest_kernels.py",
+            ),
+            "sgd_sai.rest_kernels._foreach_add_": (
+                "optimizers/rest_kernels.html#_foreach_add_",
+                "sgd_sai/rest_kernels.py",
+            ),
+            "sgd_sai.rest_kernels._foreach_sign": (
+                "optimizers/rest_kernels.html#_foreach_sign",
+                "sgd_sai/rest_kernels.py",
+            ),
+            "sgd_sai.rest_kernels._foreach_update_": (
+                "optimizers/rest_kernels.html#_foreach_update_",
+                "sgd_sai/rest_kernels.py",
+            ),
+            "sgd_sai.rest_kernels._foreach_vectors": (
+                "optimizers/rest_kernels.html#_foreach_vectors",
+                "sgd_sai/rest_kernels.py",
+            ),
+            "sgd_sai.rest_kernels._in_lists": ("optimizers/rest_kernels.html#_in_lists", "sgd_sai/rest_kernels.py"),
+            "sgd_sai.rest_kernels._lists": ("optimizers/rest_kernels.html#_lists", "sgd_sai/rest_kernels.py"),
+            "sgd_sai.rest_kernels._measured": ("optimizers/rest_kernels.html#_measured", "sgd_sai/rest_kernels.py"),
+            "sgd_sai.rest_kernels._row_entries": (
+                "optimizers/rest_kernels.html#_row_entries",
+                "sgd_sai/rest_kernels.py",
+            ),
+            "sgd_sai.rest_kernels._settings": ("optimizers/rest_kernels.html#_settings", "sgd_sai/rest_kernels.py"),
+            "sgd_sai.rest_kernels._step_adams": ("optimizers/rest_kernels.html#_step_adams", "sgd_sai/rest_kernels.py"),
+            "sgd_sai.rest_kernels._step_elements": (
+                "optimizers/rest_kernels.html#_step_elements",
+                "sgd_sai/rest_kernels.py",
+            ),
+            "sgd_sai.rest_kernels._step_group_elements": (
+                "optimizers/rest_kernels.html#_step_group_elements",
+                "sgd_sai/rest_kernels.py",
+            ),
+            "sgd_sai.rest_kernels._step_rounded_elements": (
+                "optimizers/rest_kernels.html#_step_rounded_elements",
+                "sgd_sai/rest_kernels.py",
+            ),
+            "sgd_sai.rest_kernels._step_rounded_rows": (
+                "optimizers/rest_kernels.html#_step_rounded_rows",
+                "sgd_sai/rest_kernels.py",
+            ),
+            "sgd_sai.rest_kernels._step_row_entry": (
+                "optimizers/rest_kernels.html#_step_row_entry",
+                "sgd_sai/rest_kernels.py",
+            ),
+            "sgd_sai.rest_kernels._step_rows": ("optimizers/rest_kernels.html#_step_rows", "sgd_sai/rest_kernels.py"),
+            "sgd_sai.rest_kernels._step_sign": ("optimizers/rest_kernels.html#_step_sign", "sgd_sai/rest_kernels.py"),
+            "sgd_sai.rest_kernels._step_small_vectors": (
+                "optimizers/rest_kernels.html#_step_small_vectors",
+                "sgd_sai/rest_kernels.py",
+            ),
+            "sgd_sai.rest_kernels._update_": ("optimizers/rest_kernels.html#_update_", "sgd_sai/rest_kernels.py"),
+            "sgd_sai.rest_kernels._vector_factors": (
+                "optimizers/rest_kernels.html#_vector_factors",
+                "sgd_sai/rest_kernels.py",
+            ),
+            "sgd_sai.rest_kernels.add_momenta": ("optimizers/rest_kernels.html#add_momenta", "sgd_sai/rest_kernels.py"),
+            "sgd_sai.rest_kernels.check_rest_entries": (
+                "optimizers/rest_kernels.html#check_rest_entries",
+                "sgd_sai/rest_kernels.py",
+            ),
+            "sgd_sai.rest_kernels.step_rest": ("optimizers/rest_kernels.html#step_rest", "sgd_sai/rest_kernels.py"),
+        },
+        "sgd_sai.rest_rows": {
+            "sgd_sai.rest_rows.Rows": ("optimizers/rest_rows.html#rows", "sgd_sai/rest_rows.py"),
+            "sgd_sai.rest_rows._all_reduce": ("optimizers/rest_rows.html#_all_reduce", "sgd_sai/rest_rows.py"),
+            "sgd_sai.rest_rows._factors": ("optimizers/rest_rows.html#_factors", "sgd_sai/rest_rows.py"),
+            "sgd_sai.rest_rows._largest": ("optimizers/rest_rows.html#_largest", "sgd_sai/rest_rows.py"),
+            "sgd_sai.rest_rows._message": ("optimizers/rest_rows.html#_message", "sgd_sai/rest_rows.py"),
+            "sgd_sai.rest_rows._norm": ("optimizers/rest_rows.html#_norm", "sgd_sai/rest_rows.py"),
+            "sgd_sai.rest_rows._over_processes": ("optimizers/rest_rows.html#_over_processes", "sgd_sai/rest_rows.py"),
+            "sgd_sai.rest_rows.chunk_entries": ("optimizers/rest_rows.html#chunk_entries", "sgd_sai/rest_rows.py"),
+            "sgd_sai.rest_rows.row_chunks": ("optimizers/rest_rows.html#row_chunks", "sgd_sai/rest_rows.py"),
+            "sgd_sai.rest_rows.row_factors": ("optimizers/rest_rows.html#row_factors", "sgd_sai/rest_rows.py"),
+            "sgd_sai.rest_rows.row_norms": ("optimizers/rest_rows.html#row_norms", "sgd_sai/rest_rows.py"),
+        },
+        "sgd_sai.rest_rules": {
+            "sgd_sai.rest_rules._alike": ("optimizers/rest_rules.html#_alike", "sgd_sai/rest_rules.py"),
+            "sgd_sai.rest_rules.adams_direction": (
+                "optimizers/rest_rules.html#adams_direction",
+                "sgd_sai/rest_rules.py",
+            ),
+            "sgd_sai.rest_rules.check_rest": ("optimizers/rest_rules.html#check_rest", "sgd_sai/rest_rules.py"),
+            "sgd_sai.rest_rules.dims_of_rows": ("optimizers/rest_rules.html#dims_of_rows", "sgd_sai/rest_rules.py"),
+            "sgd_sai.rest_rules.rest_reference": ("optimizers/rest_rules.html#rest_reference", "sgd_sai/rest_rules.py"),
+            "sgd_sai.rest_rules.rest_settings": ("optimizers/rest_rules.html#rest_settings", "sgd_sai/rest_rules.py"),
+            "sgd_sai.rest_rules.row_norm_direction": (
+                "optimizers/rest_rules.html#row_norm_direction",
+                "sgd_sai/rest_rules.py",
+            ),
+            "sgd_sai.rest_rules.sign_direction": ("optimizers/rest_rules.html#sign_direction", "sgd_sai/rest_rules.py"),
         },
         "sgd_sai.scale_rules": {
             "sgd_sai.scale_rules._gsnr_rule": ("optimizers/scale_rules.html#_gsnr_rule", "sgd_sai/scale_rules.py"),
@@ -3447,10 +3922,6 @@ d = {
                 "optimizers/scaled_optimizer.html#scaledoptimizer.state_dict",
                 "sgd_sai/scaled_optimizer.py",
             ),
-            "sgd_sai.scaled_optimizer._check_few_bits": (
-                "optimizers/scaled_optimizer.html#_check_few_bits",
-                "sgd_sai/scaled_optimizer.py",
-            ),
             "sgd_sai.scaled_optimizer._check_implementation": (
                 "optimizers/scaled_optimizer.html#_check_implementation",
                 "sgd_sai/scaled_optimizer.py",
@@ -3507,6 +3978,10 @@ d = {
                 "optimizers/scaled_optimizer.html#_without_functions",
                 "sgd_sai/scaled_optimizer.py",
             ),
+            "sgd_sai.scaled_optimizer.check_rounding": (
+                "optimizers/scaled_optimizer.html#check_rounding",
+                "sgd_sai/scaled_optimizer.py",
+            ),
             "sgd_sai.scaled_optimizer.check_sgd_sai": (
                 "optimizers/scaled_optimizer.html#check_sgd_sai",
                 "sgd_sai/scaled_optimizer.py",
@@ -3526,6 +4001,7 @@ d = {
                 "optimizers/sgd_sai.html#sgd_sai.warmup_step",
                 "sgd_sai/sgd_sai.py",
             ),
+            "sgd_sai.sgd_sai._step_param": ("optimizers/sgd_sai.html#_step_param", "sgd_sai/sgd_sai.py"),
             "sgd_sai.sgd_sai.sgd_sai_reference": ("optimizers/sgd_sai.html#sgd_sai_reference", "sgd_sai/sgd_sai.py"),
         },
         "sgd_sai.step_in_backward": {
@@ -3597,6 +4073,10 @@ d = {
                 "optimizers/step_in_backward.html#_check_passes",
                 "sgd_sai/step_in_backward.py",
             ),
+            "sgd_sai.step_in_backward._end_pass": (
+                "optimizers/step_in_backward.html#_end_pass",
+                "sgd_sai/step_in_backward.py",
+            ),
             "sgd_sai.step_in_backward._global_norm": (
                 "optimizers/step_in_backward.html#_global_norm",
                 "sgd_sai/step_in_backward.py",
@@ -3622,14 +4102,78 @@ d = {
                 "optimizers/step_in_backward.html#_replace_others",
                 "sgd_sai/step_in_backward.py",
             ),
-            "sgd_sai.step_in_backward._step_param": (
-                "optimizers/step_in_backward.html#_step_param",
-                "sgd_sai/step_in_backward.py",
-            ),
             "sgd_sai.step_in_backward._use": ("optimizers/step_in_backward.html#_use", "sgd_sai/step_in_backward.py"),
             "sgd_sai.step_in_backward.check_in_backward": (
                 "optimizers/step_in_backward.html#check_in_backward",
                 "sgd_sai/step_in_backward.py",
+            ),
+        },
+        "sgd_sai.weight_layouts": {
+            "sgd_sai.weight_layouts.WeightLayout": (
+                "optimizers/weight_layouts.html#weightlayout",
+                "sgd_sai/weight_layouts.py",
+            ),
+            "sgd_sai.weight_layouts._alternates": (
+                "optimizers/weight_layouts.html#_alternates",
+                "sgd_sai/weight_layouts.py",
+            ),
+            "sgd_sai.weight_layouts._convolution_layout": (
+                "optimizers/weight_layouts.html#_convolution_layout",
+                "sgd_sai/weight_layouts.py",
+            ),
+            "sgd_sai.weight_layouts._experts_transposed": (
+                "optimizers/weight_layouts.html#_experts_transposed",
+                "sgd_sai/weight_layouts.py",
+            ),
+            "sgd_sai.weight_layouts._fused_parts": (
+                "optimizers/weight_layouts.html#_fused_parts",
+                "sgd_sai/weight_layouts.py",
+            ),
+            "sgd_sai.weight_layouts._gate_split": (
+                "optimizers/weight_layouts.html#_gate_split",
+                "sgd_sai/weight_layouts.py",
+            ),
+            "sgd_sai.weight_layouts._head_size": (
+                "optimizers/weight_layouts.html#_head_size",
+                "sgd_sai/weight_layouts.py",
+            ),
+            "sgd_sai.weight_layouts._matrix_layout": (
+                "optimizers/weight_layouts.html#_matrix_layout",
+                "sgd_sai/weight_layouts.py",
+            ),
+            "sgd_sai.weight_layouts._number": ("optimizers/weight_layouts.html#_number", "sgd_sai/weight_layouts.py"),
+            "sgd_sai.weight_layouts._parts_of_heads": (
+                "optimizers/weight_layouts.html#_parts_of_heads",
+                "sgd_sai/weight_layouts.py",
+            ),
+            "sgd_sai.weight_layouts._split_of": (
+                "optimizers/weight_layouts.html#_split_of",
+                "sgd_sai/weight_layouts.py",
+            ),
+            "sgd_sai.weight_layouts._stack_layout": (
+                "optimizers/weight_layouts.html#_stack_layout",
+                "sgd_sai/weight_layouts.py",
+            ),
+            "sgd_sai.weight_layouts._tensor": ("optimizers/weight_layouts.html#_tensor", "sgd_sai/weight_layouts.py"),
+            "sgd_sai.weight_layouts.is_convolution": (
+                "optimizers/weight_layouts.html#is_convolution",
+                "sgd_sai/weight_layouts.py",
+            ),
+            "sgd_sai.weight_layouts.is_depthwise": (
+                "optimizers/weight_layouts.html#is_depthwise",
+                "sgd_sai/weight_layouts.py",
+            ),
+            "sgd_sai.weight_layouts.layout_words": (
+                "optimizers/weight_layouts.html#layout_words",
+                "sgd_sai/weight_layouts.py",
+            ),
+            "sgd_sai.weight_layouts.matrix_shapes": (
+                "optimizers/weight_layouts.html#matrix_shapes",
+                "sgd_sai/weight_layouts.py",
+            ),
+            "sgd_sai.weight_layouts.weight_layout": (
+                "optimizers/weight_layouts.html#weight_layout",
+                "sgd_sai/weight_layouts.py",
             ),
         },
     },

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _use_grad_for_differentiable
 
-from sgd_sai.internals.base import (
-    AveragingOptimizer,
-    average_dtype,
-    closure_loss,
-    debias,
-    lr_of,
+from sgd_sai.adan_state import (
+    AdanState,
+    forget_last_gradients,
+    init_averages,
+    init_last_gradient,
+    params_to_step,
 )
 from sgd_sai.internals.sharding import (
     all_reduce_rows,
@@ -29,9 +29,12 @@ from sgd_sai.internals.sharding import (
     to_local,
 )
 
-from .adan_kernels import adan_factors, step_adan_tensors
-from .internals.loading import check_shapes
-from .internals.options import check_betas, check_lr, check_range, warn_caller
+from .adan_kernels import ADAN_STATE, adan_factors, step_adan_rounded, step_adan_tensors
+from .internals.base import AveragingOptimizer, closure_loss, debias, lr_of
+from .internals.options import check_betas, check_lr, check_range
+from .internals.single_steps import SingleSteps
+from .kernels import Rounding, _rounding
+from .scaled_optimizer import check_rounding
 
 
 # %% ../nbs/optimizers/adan.ipynb #34d71fd8
@@ -59,37 +62,7 @@ def adan_reference(
     return theta * (1 - lr * weight_decay) - lr * u if no_prox else (theta - lr * u) / (1 + lr * weight_decay)
 
 
-# %% ../nbs/optimizers/adan.ipynb #fa614134
-def _init_state(opt: AveragingOptimizer, group: dict, p: Tensor):
-    "Add the entries that are missing in the state of `p`, which has a gradient."
-    state, dtype = opt.state[p], average_dtype(p, group)
-    if "step" not in state:
-        state["step"] = opt.scalar(p, group)
-        for key in ("exp_avg", "exp_avg_diff", "exp_avg_sq"):
-            state[key] = torch.zeros_like(p, dtype=dtype, requires_grad=False)
-    if group["restart_radius"] is not None and "path" not in state:
-        state["path"] = opt.scalar(p, group)
-    if "neg_pre_grad" not in state:
-        buffer = torch.zeros_like(p, dtype=dtype, requires_grad=False)
-        state["neg_pre_grad"] = buffer.copy_(redistribute_like(p.grad, p)).neg_()
-
-
-def _init_group(opt: AveragingOptimizer, group: dict) -> list[list[Tensor]]:
-    "Complete the state of the parameters that have a gradient, and list them by device and dtype."
-    params_by_kind = {}
-    for p in group["params"]:
-        if p.grad is None:
-            opt.state.get(p, {}).pop("neg_pre_grad", None)
-        else:
-            _init_state(opt, group, p)
-            params_by_kind.setdefault((p.device, p.dtype), []).append(p)
-    return list(params_by_kind.values())
-
-
 # %% ../nbs/optimizers/adan.ipynb #961450c4
-_STATE_TENSORS = ("exp_avg", "exp_avg_diff", "exp_avg_sq", "neg_pre_grad")  # state entries of the parameter's shape
-
-
 def _decay_options(group: dict, lr) -> dict:  # decay_before and decay_after of a step
     "The shares of a parameter that weight decay takes before the step (AdamW's form) and after it (proximal form)."
     decay = lr * group["weight_decay"] if group["weight_decay"] else None
@@ -110,6 +83,8 @@ def _add_path_lengths(params: list, states: list, lengths: list):
 # %% ../nbs/optimizers/adan.ipynb #897219c9
 def _step_in_place(opt: AveragingOptimizer, group: dict, params: list, lr):
     "One step of `params`, which share a device and a dtype and have all their state."
+    for p in params:
+        init_last_gradient(opt, p)
     states = [opt.state[p] for p in params]
     for state in states:
         state["step"] += 1
@@ -117,7 +92,7 @@ def _step_in_place(opt: AveragingOptimizer, group: dict, params: list, lr):
     step_counts = [state["step"] if on_device else state["step"].item() for state in states]
     factors = [adan_factors(t, -lr if group["maximize"] else lr, group["betas"]) for t in step_counts]
     grads = [redistribute_like(p.grad, p) for p in params]
-    tensors = [(p, g, *(s[key] for key in _STATE_TENSORS)) for p, g, s in zip(params, grads, states, strict=True)]
+    tensors = [(p, g, *(s[key] for key in ADAN_STATE)) for p, g, s in zip(params, grads, states, strict=True)]
     if any_sharded(params):
         tensors = [tuple(map(to_local, entry)) for entry in tensors]
     has_radius = group["restart_radius"] is not None
@@ -129,19 +104,61 @@ def _step_in_place(opt: AveragingOptimizer, group: dict, params: list, lr):
 
 
 # %% ../nbs/optimizers/adan.ipynb #29bfa16d
+def _step_rounded(opt: AveragingOptimizer, group: dict, params: list, lr, rounding: Rounding):
+    "One step of `params`, which are not, or whose averages are not, rounded to nearest."
+    states = [opt.state[p] for p in params]
+    options = dict(betas=group["betas"], eps=group["eps"], **_decay_options(group, lr))
+    has_radius = group["restart_radius"] is not None
+    path_lengths = [torch.zeros_like(state["path"]) if has_radius else None for state in states]
+    for p, state, path_length in zip(params, states, path_lengths, strict=True):
+        state["step"] += 1
+        factors = adan_factors(state["step"].item(), -lr if group["maximize"] else lr, group["betas"])
+        g = redistribute_like(p.grad, p)
+        options |= dict(factors=factors, path_length=path_length)
+        step_adan_rounded(p, g, state, opt.position(p), rounding, **options)
+    if has_radius:
+        _add_path_lengths(params, states, path_lengths)
+
+
+# %% ../nbs/optimizers/adan.ipynb #ab63a579
 def _step_differentiable(opt: AveragingOptimizer, group: dict, params: list, lr):
     "One step that autograd can run through, by the reference."
     options = {key: group[key] for key in ("betas", "eps", "weight_decay", "no_prox", "maximize")}
     for p in params:
+        init_last_gradient(opt, p)
         p.copy_(adan_reference(p.clone(), p.grad, opt.state[p], lr, **options))
 
 
-def _step_group(opt: AveragingOptimizer, group: dict):
-    "One step of the parameters of `group` that have a gradient; those that have none lose their last one."
-    lr = lr_of(group)
-    step_params = _step_differentiable if group["differentiable"] else _step_in_place
-    for params in _init_group(opt, group):
-        step_params(opt, group, params, lr)
+# %% ../nbs/optimizers/adan.ipynb #20076b8c
+def _is_undecided(group: dict, p_dtype: torch.dtype, m_dtype: torch.dtype) -> bool:
+    "True while a step is traced whose rounding depends on `capturable`."
+    narrower = m_dtype == torch.bfloat16 and p_dtype in (torch.float32, torch.float64)
+    return torch.compiler.is_compiling() and group["rounding"] is None and narrower
+
+
+@torch._disable_dynamo
+def _step_outside_graphs(opt: AveragingOptimizer, group: dict, params: list):
+    "One step of `params`, which share a device and dtypes, rounded as the group says."
+    lr, rounding = lr_of(group), _rounding(group, params[0].dtype, opt.state[params[0]]["exp_avg"].dtype)
+    if rounding:
+        _step_rounded(opt, group, params, lr, rounding)
+    else:
+        _step_in_place(opt, group, params, lr)
+
+
+def _step_group(opt: AveragingOptimizer, group: dict, params: list):
+    "One step of `params`, which are in `group` and have a gradient."
+    params_by_kind, lr = {}, lr_of(group)
+    for p in params:
+        init_averages(opt, group, p)
+        params_by_kind.setdefault((p.device, p.dtype, opt.state[p]["exp_avg"].dtype), []).append(p)
+    for (_, p_dtype, m_dtype), alike in params_by_kind.items():
+        if _rounding(group, p_dtype, m_dtype) or _is_undecided(group, p_dtype, m_dtype):
+            _step_outside_graphs(opt, group, alike)
+        elif group["differentiable"]:
+            _step_differentiable(opt, group, alike, lr)
+        else:
+            _step_in_place(opt, group, alike, lr)
 
 
 # %% ../nbs/optimizers/adan.ipynb #914ac0a6
@@ -156,6 +173,18 @@ def _restart_long_paths(opt: AveragingOptimizer):
             opt.restart(params)
 
 
+# %% ../nbs/optimizers/adan.ipynb #cb6873f0
+def _check_state_dtype(dtype: torch.dtype | None):
+    "Raise `ValueError` for a dtype that averages cannot have."
+    if dtype == torch.int8:
+        raise ValueError(
+            "Invalid state_dtype value: torch.int8 (eight bits share a scale among 256 entries, and the squares that "
+            "Adan averages span too many powers of two for that: use torch.bfloat16)"
+        )
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"Invalid state_dtype value: {dtype}")
+
+
 # %% ../nbs/optimizers/adan.ipynb #edaad10b
 def check_adan(group: dict):
     "Raise `ValueError` for a hyperparameter out of range, `RuntimeError` for settings that exclude each other."
@@ -165,8 +194,8 @@ def check_adan(group: dict):
     check_range(group["weight_decay"], "weight_decay")
     if group["restart_radius"] is not None:
         check_range(group["restart_radius"], "restart_radius")
-    if group["state_dtype"] is not None and not group["state_dtype"].is_floating_point:
-        raise ValueError(f"Invalid state_dtype value: {group['state_dtype']}")
+    _check_state_dtype(group["state_dtype"])
+    check_rounding(group)
     if group.get("max_grad_norm"):
         raise ValueError(
             "max_grad_norm is not an option of a group: "
@@ -190,51 +219,7 @@ def _hyperparameters(arguments: dict) -> dict:
     return {key: value for key, value in arguments.items() if key not in ("self", "params", "__class__")}
 
 
-# %% ../nbs/optimizers/adan.ipynb #f801d8c0
-def _converted(self: "Adan", checkpoint: dict) -> dict:
-    "A checkpoint, perhaps of the released code, whose groups have one step count: it is given to their parameters."
-    state, groups = dict(checkpoint["state"]), []
-    for group in map(dict, checkpoint["param_groups"]):
-        t, max_norm = group.pop("step", None), group.pop("max_grad_norm", 0)
-        group.pop("fused", None)
-        if max_norm:
-            warn_caller(
-                f"this checkpoint was clipping gradients at norm {max_norm}: "
-                "call torch.nn.utils.clip_grad_norm_ before step to go on doing so"
-            )
-        for i in group["params"]:
-            if t is None or not state.get(i) or "step" in state[i]:
-                continue
-            if t:
-                state[i] = state[i] | {"step": t}
-            else:
-                del state[i]  # the file was written after a restart
-        groups.append(group)
-    return checkpoint | {"state": state, "param_groups": groups}
-
-
-# %% ../nbs/optimizers/adan.ipynb #b4cd8a07
-def _state_shapes(self: "Adan", p: Tensor, group: dict) -> dict[str, torch.Size]:
-    "The averages and the last gradient have the shape of `p`."
-    return dict.fromkeys(_STATE_TENSORS, p.shape)
-
-
 # %% ../nbs/optimizers/adan.ipynb #d197e0f5
-def _fits(p: Tensor, state: dict | None) -> bool:
-    "True if the gradient of `p` and its averages have its shape and its device."
-    shape, device = p.shape, p.device
-    for t in (p.grad, *(state[key] for key in _STATE_TENSORS if key in state)) if state else (p.grad,):
-        if t.shape != shape or t.device != device:
-            return False
-    return True
-
-
-def _check_groups(opt: AveragingOptimizer):
-    "Raise `RuntimeError` for a sparse gradient, and if a gradient or a state does not fit its parameter."
-    for group in opt.param_groups:
-        check_shapes(opt, group, [p for p in opt.with_grad(group) if not _fits(p, opt.state.get(p))])
-
-
 @torch._disable_dynamo
 def _check_same_everywhere(opt: AveragingOptimizer):
     "Raise `RuntimeError` in all processes if they would add up the paths of other parameters."
@@ -249,28 +234,50 @@ def _check_same_everywhere(opt: AveragingOptimizer):
 
 
 # %% ../nbs/optimizers/adan.ipynb #54f07796
+@torch._disable_dynamo
+def _take_stepped(opt: AveragingOptimizer) -> frozenset:
+    "The parameters that have stepped in the last backward pass; empty if there has been another one since."
+    stepped, opt._stepped_in_backward = opt._stepped_in_backward, frozenset()
+    return frozenset() if any(p.grad is not None for p in stepped) else stepped
+
+
 @_use_grad_for_differentiable
 def _step(opt: AveragingOptimizer, closure: Callable | None):
     "The step of `Adan`: the closure, the groups one after the other, and the criterion of the restarts."
     with torch.enable_grad():
         loss = closure_loss(closure)  # torch.compile skips functions that never call torch, hence enable_grad here
-    _check_groups(opt)
+    with_grad = [params_to_step(opt, group, group["params"]) for group in opt.param_groups]
     _check_same_everywhere(opt)
-    for group in opt.param_groups:
-        _step_group(opt, group)
+    stepped = _take_stepped(opt) if opt._stepped_in_backward else ()
+    for group, params in zip(opt.param_groups, with_grad, strict=True):
+        forget_last_gradients(opt, [p for p in group["params"] if p.grad is None and p not in stepped])
+        _step_group(opt, group, params)
     if any(group["restart_radius"] is not None for group in opt.param_groups):
         _restart_long_paths(opt)
     return loss
 
 
+# %% ../nbs/optimizers/adan.ipynb #3c868765
+@torch.no_grad()
+def _step_param(self: "Adan", p: Tensor, group: dict):
+    "One step of `p`, which is in `group`. Raises `RuntimeError` as `step` does, before anything is changed."
+    _step_group(self, group, params_to_step(self, group, [p]))
+
+
+def _check_in_backward(self: "Adan"):
+    "As in `SingleSteps`; restarts by the criterion need the path of all parameters."
+    SingleSteps.check_in_backward(self)
+    if any(group["restart_radius"] is not None for group in self.param_groups):
+        raise RuntimeError("`restart_radius` does not go with a step inside the backward pass")
+
+
 # %% ../nbs/optimizers/adan.ipynb #b9585b0b
-class Adan(AveragingOptimizer):
+class Adan(AdanState):
     """Adan (arXiv 2208.06677): AdamW with Nesterov momentum estimated from gradient differences.
 
     Raises `ValueError` or `RuntimeError` for wrong hyperparameters; `step` raises the latter for sparse gradients."""
 
-    SCALARS = ("step", "path")
-    check, converted, state_shapes = staticmethod(check_adan), _converted, _state_shapes
+    check, step_param, check_in_backward = staticmethod(check_adan), _step_param, _check_in_backward
 
     def __init__(
         self,
@@ -287,19 +294,10 @@ class Adan(AveragingOptimizer):
         capturable: bool = False,  # keep step counts on the device, for capture in a CUDA graph
         differentiable: bool = False,  # let autograd run through the step
         state_dtype: torch.dtype | str | None = None,  # of the averages, e.g. torch.float32; None: the parameter's
+        rounding: str | None = None,  # 'nearest', 'stochastic', 'kahan'; None: stochastic for narrower averages only
     ):
         super().__init__(params, _hyperparameters(locals()))
 
     def step(self, closure: Callable | None = None):
         "One step. Calls `closure` once and returns its loss. Parameters without a gradient are left alone."
         return _step(self, closure)
-
-    def restart(self, params=None):
-        "Make the next step of `params` (a parameter, several, or None: all) their first. Capture a CUDA graph again."
-        everything = [p for group in self.param_groups for p in group["params"]]
-        for p in [params] if isinstance(params, Tensor) else list(everything if params is None else params):
-            self.state.pop(p, None)
-
-    def is_own_group(self, group: dict) -> bool:
-        "True for a group that `Adan` has written, or the released code."
-        return "no_prox" in group

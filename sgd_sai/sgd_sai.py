@@ -15,6 +15,7 @@ from torch.optim.optimizer import _use_grad_for_differentiable
 from .gsnr import gsnr
 from .init_scales import collect_grads, init_scales
 from .internals.base import closure_loss
+from .internals.single_steps import SingleSteps
 from .kernels import step_groups
 from .scaled_optimizer import ScaledOptimizer, check_sgd_sai, is_sgd_sai_group
 
@@ -43,8 +44,16 @@ def sgd_sai_reference(
     return theta + (lr if maximize else -lr) * state["gsnr"] * update
 
 
+# %% ../nbs/optimizers/sgd_sai.ipynb #293d496f
+@torch.no_grad()
+def _step_param(self: "SGDSaI", p: Tensor, group: dict):
+    "One step of `p`, which is in `group`. Raises `RuntimeError` as `step` does, before anything is changed."
+    entries = [(q, q.grad, self.state.get(q)) for q in self.with_grad({"params": [p]})]
+    step_groups(self, [(group, entries)])
+
+
 # %% ../nbs/optimizers/sgd_sai.ipynb #7b986175
-class SGDSaI(ScaledOptimizer):
+class SGDSaI(SingleSteps, ScaledOptimizer):
     """SGD with momentum and a learning rate `lr * G` per tensor, G its g-SNR at initialization (arXiv 2412.11768).
 
     Change `AdamW(model.parameters(), lr=1e-3)` to `SGDSaI(model.named_parameters(), lr=1e-2)`. Raises `ValueError` for
@@ -74,7 +83,8 @@ class SGDSaI(ScaledOptimizer):
         defaults = {key: value for key, value in locals().items() if key not in ("self", "params", "__class__")}
         super().__init__(params, defaults)
 
-    check, is_own_group = staticmethod(check_sgd_sai), staticmethod(is_sgd_sai_group)
+    check, is_own_group, step_param = staticmethod(check_sgd_sai), staticmethod(is_sgd_sai_group), _step_param
+    need_all_gradients = ("normalize", *SingleSteps.need_all_gradients)
 
     @_use_grad_for_differentiable
     def step(self, closure: Callable | None = None):  # evaluates the model and returns the loss; called once

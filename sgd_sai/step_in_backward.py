@@ -23,8 +23,7 @@ from sgd_sai.internals.backward_passes import (
     running_roots,
 )
 
-from .kernels import step_groups
-from .sgd_sai import SGDSaI
+from .internals.single_steps import SingleSteps
 
 
 # %% ../nbs/optimizers/step_in_backward.ipynb #62b0e03e
@@ -101,24 +100,18 @@ class GradientHooks:
 # %% ../nbs/optimizers/step_in_backward.ipynb #b9599a46
 def check_in_backward(optimizer: torch.optim.Optimizer):
     "Raise `TypeError` or `RuntimeError` when the steps of `optimizer` cannot be made one tensor at a time."
-    if not isinstance(optimizer, SGDSaI):
-        raise TypeError(f"StepInBackward is for SGDSaI, not for {type(optimizer).__name__}")
-    for key in ("normalize", "capturable", "differentiable"):
-        if any(group[key] for group in optimizer.param_groups):
-            raise RuntimeError(f"`{key}` does not go with a step inside the backward pass")
+    if not isinstance(optimizer, SingleSteps):
+        raise TypeError(
+            "StepInBackward is for SGDSaI, MuonSaI, Adan, and optimizers of your own that inherit from SingleSteps, "
+            f"not for {type(optimizer).__name__}: call optimizer.step() after the backward pass"
+        )
+    optimizer.check_in_backward()
     dist = torch.distributed
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         raise RuntimeError(
             "a step inside the backward pass would use the gradients of one process: "
             "call optimizer.step() after the backward pass, when they have been averaged"
         )
-
-
-def _step_param(optimizer: SGDSaI, p: Tensor, group: dict):
-    "The step of one parameter. Raises `RuntimeError` for a sparse gradient, or a state that does not fit."
-    entries = [(q, q.grad, optimizer.state.get(q)) for q in optimizer.with_grad({"params": [p]})]
-    step_groups(optimizer, [(group, entries)])
-    increment_version(p)  # fused kernels do not: a second backward pass over this graph has to be an error
 
 
 def _global_norm(norms: list[Tensor]) -> Tensor:  # 0-d
@@ -171,11 +164,19 @@ def _check_loss(roots: list, running: bool):
         raise RuntimeError(_SCALED)
 
 
+# %% ../nbs/optimizers/step_in_backward.ipynb #5b7d1974
+def _end_pass(self: "StepInBackward"):
+    "At the end of a backward pass without an error: tell the optimizer which parameters have stepped in it."
+    stepped, self.stepped = frozenset(self.stepped), set()
+    self.optimizer.end_backward(stepped)
+
+
 def _look_at_pass(self: "StepInBackward", p: Tensor):
     "In the hook of `p`: raise `RuntimeError` where the running backward pass does not allow steps."
     number = torch._C._current_graph_task_id()
     if number == self.current_pass:
         return
+    self.stepped = set()
     check_in_backward(self.optimizer)
     if torch.is_grad_enabled():
         raise RuntimeError(
@@ -188,6 +189,8 @@ def _look_at_pass(self: "StepInBackward", p: Tensor):
         _check_loss(running_roots(), running=True)
     self.has_checked, self.current_pass = True, number
     self.passes += self.norms is None and not self.is_explicit
+    if self.norms is None:
+        torch.autograd.Variable._execution_engine.queue_callback(partial(_end_pass, self))
 
 
 # %% ../nbs/optimizers/step_in_backward.ipynb #d4ea0288
@@ -205,7 +208,7 @@ def _replace_others(self: "StepInBackward"):
     _STEPPING.add(self)
 
 
-def _check_passes(stepping_ref: weakref.ref, optimizer: SGDSaI, args: tuple, kwargs: dict):
+def _check_passes(stepping_ref: weakref.ref, optimizer: SingleSteps, args: tuple, kwargs: dict):
     "Before `optimizer.step()`: raise `RuntimeError` if hooks have stepped in several backward passes since the last."
     stepping = stepping_ref()
     passes = stepping.passes if stepping is not None else 0
@@ -230,7 +233,9 @@ def _use(self: "StepInBackward", p: Tensor, group: dict):
     else:
         if self.factor is not None:
             p.grad.mul_(self.factor.to(p.grad.device))
-        _step_param(self.optimizer, p, group)
+        self.optimizer.step_param(p, group)
+        increment_version(p)  # fused kernels do not: a second backward pass over this graph has to be an error
+        self.stepped.add(p)
     p.grad = None
 
 
@@ -260,12 +265,12 @@ class StepInBackward(GradientHooks):
 
     def __init__(
         self,
-        optimizer: SGDSaI,  # the optimizer that steps
+        optimizer: SingleSteps,  # the optimizer that steps: SGDSaI, Adan, or one of your own
         max_norm: float | None = None,  # clip at this global norm, as torch.nn.utils.clip_grad_norm_; None: do not
     ):
         check_in_backward(optimizer)
         self.max_norm, self.factor, self.norms = max_norm, None, None
-        self.current_pass, self.passes, self.is_explicit, self.step_hook = None, 0, False, None
+        self.current_pass, self.stepped, self.passes, self.is_explicit, self.step_hook = None, set(), 0, False, None
         super().__init__(optimizer)
 
     def attach(self):

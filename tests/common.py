@@ -158,18 +158,23 @@ def peak_of_new_memory(f):
     return allocated_peak(f)
 
 
-def on_two_processes(target, folder):
-    "What `target(rank, store, out)` saves to the file `{out}.{rank}` in each of two processes."
+def on_processes(count, target, folder):
+    "What `target(rank, store, out)` saves to the file `{out}.{rank}` in each of so many processes."
     store, out = str(folder / "store"), str(folder / "out")
-    context = mp.spawn(target, (store, out), nprocs=2, join=False)
+    context = mp.spawn(target, (store, out), nprocs=count, join=False)
     try:
         for _ in range(120):
             if context.join(timeout=1):
                 break
         else:
-            pytest.fail("two processes with gloo did not come to an end in two minutes")
+            pytest.fail(f"{count} processes with gloo did not come to an end in two minutes")
     finally:
         for process in context.processes:
             if process.is_alive():
                 process.kill()
-    return [torch.load(f"{out}.{rank}") for rank in range(2)]
+    return [torch.load(f"{out}.{rank}") for rank in range(count)]
+
+
+def on_two_processes(target, folder):
+    "What `target(rank, store, out)` saves to the file `{out}.{rank}` in each of two processes."
+    return on_processes(2, target, folder)

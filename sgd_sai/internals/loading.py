@@ -184,6 +184,7 @@ def plan_load(
 ) -> tuple[dict, dict]:  # what PyTorch is to load, without the state of parameters; the new state by parameter
     "What loading is going to do. Raises `ValueError` or `RuntimeError` for everything that is wrong."
     check_own(opt, checkpoint)
+    checkpoint = opt.regrouped(checkpoint)
     sizes = [len(group["params"]) for group in checkpoint["param_groups"]]
     if sizes != [len(group["params"]) for group in opt.param_groups]:
         return checkpoint, {}  # PyTorch is going to say so
@@ -251,6 +252,10 @@ class LoadingOptimizer(DescribedState, Optimizer):
     def is_own_group(self, group: dict) -> bool:  # of a checkpoint
         "False if another optimizer has written this group."
         return True
+
+    def regrouped(self, checkpoint: dict) -> dict:  # a new one where the groups have to be others
+        "A checkpoint of an older version that sorted parameters otherwise, in groups like those here."
+        return checkpoint
 
     def converted(self, checkpoint: dict) -> dict:  # a new one; its groups have as many parameters as those here
         "What an older version, or the authors' code, has written, in today's form."

@@ -27,17 +27,17 @@ from torch import Tensor
 # %% ../../nbs/internals/options.ipynb #54f58065
 NUMBERS = {
     "lr",
-    "sai_lr",
+    "rest_lr",
     "lr_factor",
     "momentum",
-    "sai_momentum",
+    "rest_momentum",
     "weight_decay",
     "eps",
     "max_ratio",
     "restart_radius",
     "hessian_power",
 }
-COUNTS = {"n_samples", "update_period", "block_size", "seed"}
+COUNTS = {"n_samples", "update_period", "block_size", "seed", "ns_steps"}
 SWITCHES = {
     "normalize",
     "nesterov",
@@ -52,8 +52,9 @@ SWITCHES = {
     "average_gradients",
     "muon",
     "stacked",
+    "transposed",
 }
-OPTIONAL = {"sai_lr", "max_ratio", "restart_radius", "foreach", "fused", "state_dtype", "rounding"}
+OPTIONAL = {"rest_lr", "rest_momentum", "max_ratio", "restart_radius", "foreach", "fused", "state_dtype", "rounding"}
 
 # %% ../../nbs/internals/options.ipynb #aec5970c
 _SWITCH_WORDS = {

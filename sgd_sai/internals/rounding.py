@@ -12,8 +12,10 @@ __all__ = [
     "decode",
     "as_layout",
     "init_momentum",
+    "zero_momentum",
     "decode_momentum",
     "step_rounded",
+    "update_momentum",
 ]
 
 # %% ../../nbs/internals/rounding.ipynb #48f7794a
@@ -141,6 +143,20 @@ def init_momentum(
     return {"momentum_buffer": codes, "momentum_absmax": absmax}
 
 
+# %% ../../nbs/internals/rounding.ipynb #9f1c3da3
+def zero_momentum(
+    g: Tensor,  # a gradient
+    p: Tensor,  # its parameter
+    dtype: torch.dtype,  # of the momentum; int8: eight bits in blocks
+) -> dict:  # state entries as of init_momentum
+    "A momentum of zeros, for averages that begin there."
+    like = g if is_quantized_subclass(p) else p
+    state = {"momentum_buffer": torch.zeros_like(like, dtype=dtype, requires_grad=False)}
+    if dtype == torch.int8:
+        state["momentum_absmax"] = torch.zeros(-(-p.numel() // BLOCK), dtype=torch.float32, device=p.device)
+    return state
+
+
 # %% ../../nbs/internals/rounding.ipynb #4dcefb99
 def decode_momentum(
     state: dict,  # with momentum_buffer and momentum_absmax
@@ -199,6 +215,11 @@ def _cut(tensors: list[Tensor], absmax: Tensor | None, size: int):
     return zip(flat, absmax.split(size // BLOCK), strict=True)
 
 
+def _chunk_size(p: Tensor) -> int:
+    "Entries that are computed at a time on the device of `p`."
+    return FP32_CHUNK if p.device.type == "cpu" else 16 * FP32_CHUNK
+
+
 def step_rounded(
     step: Callable,  # step(p, g, m), in place, on float32 tensors of one shape (float64 where p is); m may be None
     p: Tensor,  # parameter, real
@@ -216,7 +237,7 @@ def step_rounded(
         t = state["step"] = t + 1
     stored = [to_local(x) for x in (p, g, m, kahan_residual) if x is not None]
     used = stored if absmax is None else [as_layout(x, m) for x in stored]
-    for k, (chunk, absmax_) in enumerate(_cut(used, absmax, FP32_CHUNK if p.device.type == "cpu" else 16 * FP32_CHUNK)):
+    for k, (chunk, absmax_) in enumerate(_cut(used, absmax, _chunk_size(p))):
         p_, g_, *others = chunk
         m_ = others[0] if m is not None else None
         residual_ = others[-1] if kahan_residual is not None else None
@@ -225,3 +246,26 @@ def step_rounded(
     for x, y in zip(stored, used, strict=True):
         if x is not y and x is not stored[1]:  # the gradient is left alone
             x.copy_(y)
+
+
+# %% ../../nbs/internals/rounding.ipynb #a37d260c
+def update_momentum(
+    g: Tensor,  # gradient, real
+    state: dict,  # momentum_buffer, momentum_absmax, step: those that exist; the momentum is changed in place
+    mu: float,  # m = mu*m + (1-mu)*g
+    nesterov: bool,  # u = mu*m + (1-mu)*g; False: u = m
+    position: int,  # of the parameter in its optimizer, as in step_rounded
+    stochastic: bool,  # round the momentum stochastically, where it is bfloat16 or int8; then state has a step
+) -> Tensor:  # u, of the parameter's shape, float32 (float64 where g is)
+    "Update a momentum, stored in the bits that it has. `step_rounded` has to follow, which counts the step."
+    m, absmax, t = (state.get(key) for key in ("momentum_buffer", "momentum_absmax", "step"))
+    whole = torch.empty_like(m, dtype=torch.promote_types(g.dtype, torch.float32), requires_grad=False)
+    g, m, u = to_local(g), to_local(m), to_local(whole)
+    columns = [u, g, m] if absmax is None else [u, as_layout(g, m), m]
+    for k, ((u_, g_, m_), absmax_) in enumerate(_cut(columns, absmax, _chunk_size(m))):
+        g_ = g_.to(u_.dtype)
+        exact = u_.copy_(m_ if absmax is None else decode(m_, absmax_)).lerp_(g_, 1 - mu)
+        _store_momentum(m_, exact.clone(), absmax_, stochastic, (None if t is None else t + 1, position, k, 0))
+        if nesterov:
+            u_.copy_(g_.lerp(exact, mu))
+    return whole

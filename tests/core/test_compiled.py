@@ -9,7 +9,7 @@ import torch
 from common import param, twin
 from torch import nn
 
-from sgd_sai import AdaHessian, MuonSaI, SGDSaI
+from sgd_sai import AdaHessian, Adan, MuonSaI, SGDSaI
 
 pytestmark = [
     pytest.mark.usefixtures("seeded"),
@@ -48,8 +48,13 @@ def test_one_kernel_per_tensor_and_the_same_numbers():
 
 @pytest.mark.parametrize(
     "make",
-    [lambda net: AdaHessian(net.named_parameters(), lr=0.05, update_period=2), MuonSaI],
-    ids=["AdaHessian", "MuonSaI"],
+    [
+        lambda net: AdaHessian(net.named_parameters(), lr=0.05, update_period=2),
+        lambda net: Adan(net.named_parameters(), lr=0.01, weight_decay=0.1),
+        lambda net: Adan(net.named_parameters(), lr=0.01, state_dtype=torch.bfloat16),
+        MuonSaI,
+    ],
+    ids=["AdaHessian", "Adan", "Adan, bfloat16 averages", "MuonSaI"],
 )
 def test_other_steps_can_be_called_through_the_compiler(make):
     "Whatever of them is traced: the numbers are those of the ordinary step."

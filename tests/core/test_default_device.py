@@ -249,13 +249,22 @@ def test_clocks_have_the_dtype_that_pytorch_gives_its_own(make, kw, dtype):
 
 
 @under_other_defaults
-def test_muon_sai(other, monkeypatch):
+@pytest.mark.parametrize(
+    "kw",
+    [
+        *({}, dict(capturable=True), dict(state_dtype=torch.int8), dict(state_dtype=torch.bfloat16)),
+        *(dict(rest=rest) for rest in ("sign", "row_norm", "adams")),
+        *(dict(rest=rest, state_dtype=torch.int8) for rest in ("sign", "row_norm", "adams")),
+    ],
+    ids=str,
+)
+def test_muon_sai(kw, other, monkeypatch):
     def run():
         net, batches = network()
         groups = [
             {"params": [p for p in net.parameters() if (p.ndim > 1) == muon], "muon": muon} for muon in (True, False)
         ]
-        opt = MuonSaI(groups)
+        opt = MuonSaI(groups, **kw)
         for (x,) in batches:
             opt.zero_grad()
             net(x).square().mean().backward()

@@ -11,13 +11,14 @@ from common import param
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from sgd_sai import SGDSaI, StepInBackward
+from sgd_sai import Adan, MuonSaI, SGDSaI, StepInBackward
 from sgd_sai.step_in_backward import GradientHooks
 
 pytestmark = [
     pytest.mark.usefixtures("seeded"),
     pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True"),
 ]
+each_class = pytest.mark.parametrize("cls", [SGDSaI, Adan, MuonSaI], ids=lambda cls: cls.__name__)
 REENTRANT = r"does not go with reentrant checkpoints.*use_reentrant=False"
 
 
@@ -56,11 +57,18 @@ def assert_same(a, b):
     torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
-def both(make, **options):
+def built(cls, net, **options):
+    params = list(net.named_parameters())
+    if cls is MuonSaI:
+        params = [{"params": [named], "muon": named[1].ndim > 1} for named in params]
+    return cls(params, **{"lr": 0.02, **options})
+
+
+def both(cls, make, **options):
     "A model with ordinary steps and the same with steps inside the backward pass."
     one = make()
     other = copy.deepcopy(one)
-    ordinary, inside = (SGDSaI(m.named_parameters(), **{"lr": 0.02, **options}) for m in (one, other))
+    ordinary, inside = (built(cls, m, **options) for m in (one, other))
     return one, ordinary, other, inside, StepInBackward(inside)
 
 
@@ -79,11 +87,12 @@ NETS = {
 }
 
 
+@each_class
 @pytest.mark.parametrize("max_norm", [None, 1.0])
 @pytest.mark.parametrize("options", NETS.values(), ids=NETS)
-def test_reentrant_checkpoints_are_refused_before_anything_steps(options, max_norm):
+def test_reentrant_checkpoints_are_refused_before_anything_steps(cls, options, max_norm):
     net = Net(**options)
-    opt = SGDSaI(net.named_parameters())
+    opt = built(cls, net)
     stepping = StepInBackward(opt, max_norm)
     before = everything(net, opt)
     for way in (lambda: loss_of(net, batch()).backward(), lambda: stepping.backward(loss_of(net, batch()))):
@@ -93,9 +102,10 @@ def test_reentrant_checkpoints_are_refused_before_anything_steps(options, max_no
         opt.zero_grad()
 
 
+@each_class
 @pytest.mark.parametrize("outside", [False, True])
-def test_checkpoints_that_are_not_reentrant_make_no_difference(outside):
-    one, ordinary, other, inside, _ = both(lambda: Net(outside=outside, use_reentrant=False))
+def test_checkpoints_that_are_not_reentrant_make_no_difference(cls, outside):
+    one, ordinary, other, inside, _ = both(cls, lambda: Net(outside=outside, use_reentrant=False))
     for t in range(4):
         torch.manual_seed(t)
         x = batch()
@@ -107,9 +117,10 @@ def test_checkpoints_that_are_not_reentrant_make_no_difference(outside):
     assert_same(list(one.parameters()), list(other.parameters()))
 
 
-def test_a_reentrant_checkpoint_that_comes_later_is_refused_by_the_name_of_the_parameter():
+@each_class
+def test_a_reentrant_checkpoint_that_comes_later_is_refused_by_the_name_of_the_parameter(cls):
     net = Net(use_reentrant=False)
-    opt = SGDSaI(net.named_parameters())
+    opt = built(cls, net)
     StepInBackward(opt)
     loss_of(net, batch()).backward()
     opt.step()
@@ -119,8 +130,9 @@ def test_a_reentrant_checkpoint_that_comes_later_is_refused_by_the_name_of_the_p
     assert torch.equal(net.middle.weight, kept)
 
 
-def test_reentrant_checkpoints_may_add_up_gradients():
-    one, ordinary, other, inside, stepping = both(Net)
+@each_class
+def test_reentrant_checkpoints_may_add_up_gradients(cls):
+    one, ordinary, other, inside, stepping = both(cls, Net)
     x = batch()
     loss_of(one, x).backward()
     ordinary.step()
@@ -146,9 +158,10 @@ class Nested(torch.autograd.Function):
         return x.grad, None
 
 
-def test_any_backward_pass_inside_another_one_is_refused():
+@each_class
+def test_any_backward_pass_inside_another_one_is_refused(cls):
     layer = nn.Linear(3, 3)
-    opt = SGDSaI(layer.named_parameters())
+    opt = built(cls, layer)
     StepInBackward(opt)
     before, x = everything(layer, opt), torch.randn(2, 3, requires_grad=True)
     with pytest.raises(RuntimeError, match=r"(weight|bias) was not changed"):
@@ -166,11 +179,12 @@ SCALED = {
 }
 
 
+@each_class
 @pytest.mark.parametrize("scale", SCALED.values(), ids=SCALED)
 @pytest.mark.parametrize("max_norm", [None, 1.0])
-def test_a_loss_scaled_by_a_grad_scaler_is_refused_before_anything_steps(scale, max_norm):
+def test_a_loss_scaled_by_a_grad_scaler_is_refused_before_anything_steps(cls, scale, max_norm):
     net, scaler = small(), torch.amp.GradScaler("cpu")
-    opt = SGDSaI(net.named_parameters())
+    opt = built(cls, net)
     stepping = StepInBackward(opt, max_norm)
     before = everything(net, opt)
     for backward in (torch.Tensor.backward, stepping.backward):
@@ -180,7 +194,8 @@ def test_a_loss_scaled_by_a_grad_scaler_is_refused_before_anything_steps(scale, 
         opt.zero_grad()
 
 
-def test_products_and_scalers_that_are_no_scaled_loss_are_not_refused():
+@each_class
+def test_products_and_scalers_that_are_no_scaled_loss_are_not_refused(cls):
     def step(net, loss, stepping, explicit=False):
         kept = net[0].weight.detach().clone()
         stepping.backward(loss) if explicit else loss.backward()
@@ -188,7 +203,7 @@ def test_products_and_scalers_that_are_no_scaled_loss_are_not_refused():
         stepping.attach()  # the loss is looked at again
 
     net = small()
-    stepping = StepInBackward(SGDSaI(net.named_parameters()))
+    stepping = StepInBackward(built(cls, net))
     off, unused = torch.amp.GradScaler("cpu", enabled=False), torch.amp.GradScaler("cpu")
     step(net, loss_of(net, batch()) * 0.5, stepping)
     step(net, off.scale(loss_of(net, batch()) * 0.5), stepping)
@@ -200,9 +215,10 @@ def test_products_and_scalers_that_are_no_scaled_loss_are_not_refused():
         (loss_of(net, batch()) * 0.5).backward()
 
 
-def test_scalers_of_the_past_are_forgotten():
+@each_class
+def test_scalers_of_the_past_are_forgotten(cls):
     net = small()
-    stepping = StepInBackward(SGDSaI(net.named_parameters()))
+    stepping = StepInBackward(built(cls, net))
     scaler = torch.amp.GradScaler("cpu")
     scaler.scale(torch.ones(()))
     del scaler
@@ -214,9 +230,10 @@ def test_scalers_of_the_past_are_forgotten():
 # --- gradients that are wanted again, or added up ---------------------------------------------------------------------
 
 
-def test_create_graph_is_refused_before_anything_steps():
+@each_class
+def test_create_graph_is_refused_before_anything_steps(cls):
     net = small()
-    opt = SGDSaI(net.named_parameters())
+    opt = built(cls, net)
     StepInBackward(opt)
     before = everything(net, opt)
     with pytest.raises(RuntimeError, match="does not go with create_graph=True"):
@@ -224,11 +241,21 @@ def test_create_graph_is_refused_before_anything_steps():
     assert_same(everything(net, opt), before)
 
 
-@pytest.mark.parametrize("options", [{}, dict(fused=True), dict(foreach=True), dict(foreach=False, fused=False)])
+@pytest.mark.parametrize(
+    "cls, options",
+    [
+        *(
+            (SGDSaI, options)
+            for options in ({}, dict(fused=True), dict(foreach=True), dict(foreach=False, fused=False))
+        ),
+        *((Adan, options) for options in ({}, dict(foreach=True), dict(foreach=False))),
+    ],
+    ids=str,
+)
 @pytest.mark.usefixtures("kernels_for_small_tensors_too")  # fused ones leave no trace that autograd looks for
-def test_a_second_backward_pass_over_a_kept_graph_is_an_error(options):
+def test_a_second_backward_pass_over_a_kept_graph_is_an_error(cls, options):
     net = nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 1))
-    stepping = StepInBackward(SGDSaI(net.named_parameters(), **options))
+    stepping = StepInBackward(built(cls, net, **options))
     loss = loss_of(net, batch())
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -236,8 +263,9 @@ def test_a_second_backward_pass_over_a_kept_graph_is_an_error(options):
     assert stepping.passes == 1  # before anything steps
 
 
-def test_two_losses_of_one_forward_pass_are_added_up_with_no_step():
-    one, ordinary, other, inside, stepping = both(small)
+@each_class
+def test_two_losses_of_one_forward_pass_are_added_up_with_no_step(cls):
+    one, ordinary, other, inside, stepping = both(cls, small)
     x = batch()
     for net, opt in ((one, ordinary), (other, inside)):
         out = net(x)
@@ -253,9 +281,10 @@ def test_two_losses_of_one_forward_pass_are_added_up_with_no_step():
     assert_same(list(one.parameters()), list(other.parameters()))
 
 
-def test_accumulation_without_no_step_is_told_at_the_step():
+@each_class
+def test_accumulation_without_no_step_is_told_at_the_step(cls):
     net = small()
-    opt = SGDSaI(net.named_parameters())
+    opt = built(cls, net)
     stepping = StepInBackward(opt)
     for count in (1, 1, 3, 1):
         for _ in range(count):
@@ -285,16 +314,21 @@ def test_accumulation_without_no_step_is_told_at_the_step():
 # --- options that change after the hooks were attached ----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("key", ["normalize", "capturable", "differentiable"])
+NEED_ALL = [(SGDSaI, key) for key in ("normalize", "capturable", "differentiable")]
+NEED_ALL += [(Adan, key) for key in ("restart_radius", "capturable", "differentiable")]
+NEED_ALL += [(MuonSaI, "capturable")]
+
+
+@pytest.mark.parametrize("cls, key", NEED_ALL, ids=str)
 @pytest.mark.parametrize("way", ["in the group", "loaded", "a new group"])
-def test_options_that_need_all_gradients_are_refused_when_they_come_later(key, way):
+def test_options_that_need_all_gradients_are_refused_when_they_come_later(cls, key, way):
     net = small()
-    opt = SGDSaI(net.named_parameters())
+    opt = built(cls, net)
     StepInBackward(opt)
     if way == "in the group":
         opt.param_groups[0][key] = True
     elif way == "loaded":
-        opt.load_state_dict(SGDSaI(small().named_parameters(), **{key: True}).state_dict())
+        opt.load_state_dict(built(cls, small(), **{key: True}).state_dict())
     else:
         opt.add_param_group({"params": [("more", param(2))], key: True})
     before = everything(net, opt)
@@ -303,9 +337,10 @@ def test_options_that_need_all_gradients_are_refused_when_they_come_later(key, w
     assert_same(everything(net, opt), before)
 
 
-def test_several_processes_are_refused_when_they_come_later(monkeypatch):
+@each_class
+def test_several_processes_are_refused_when_they_come_later(cls, monkeypatch):
     net = small()
-    opt = SGDSaI(net.named_parameters())
+    opt = built(cls, net)
     StepInBackward(opt)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
@@ -317,20 +352,21 @@ def test_several_processes_are_refused_when_they_come_later(monkeypatch):
 # --- hooks that were attached twice, copied, or belong to others ------------------------------------------------------
 
 
-def run_cell(net, **options):
+def run_cell(cls, net, **options):
     "A cell of a notebook."
-    opt = SGDSaI(net.named_parameters(), lr=0.02)
+    opt = built(cls, net)
     return opt, StepInBackward(opt, **options)
 
 
+@each_class
 @pytest.mark.parametrize("times", [2, 3])
 @pytest.mark.parametrize("same_optimizer", [True, False])
-def test_hooks_that_are_attached_again_replace_the_old_ones(same_optimizer, times):
-    one, ordinary, other, inside, stepping = both(small)
+def test_hooks_that_are_attached_again_replace_the_old_ones(cls, same_optimizer, times):
+    one, ordinary, other, inside, stepping = both(cls, small)
     kept = [stepping]
     for _ in range(times - 1):
         if not same_optimizer:
-            inside = SGDSaI(other.named_parameters(), lr=0.02)
+            inside = built(cls, other)
         kept.append(StepInBackward(inside))
     for t in range(3):
         torch.manual_seed(t)
@@ -346,27 +382,30 @@ def test_hooks_that_are_attached_again_replace_the_old_ones(same_optimizer, time
     assert same_optimizer or not kept[0].optimizer.state
 
 
-def test_hooks_of_other_parameters_stay_when_some_are_taken_over():
+@each_class
+def test_hooks_of_other_parameters_stay_when_some_are_taken_over(cls):
     body, head = nn.Linear(3, 4), nn.Linear(4, 1)
-    old_opt, old = run_cell(nn.Sequential(body, head))
-    new_opt, new = run_cell(head)
+    old_opt, old = run_cell(cls, nn.Sequential(body, head))
+    new_opt, new = run_cell(cls, head)
     loss_of(nn.Sequential(body, head), batch()).backward()
     assert set(old_opt.state) == set(body.parameters()) and set(new_opt.state) == set(head.parameters())
     old.attach()
     assert not new.hooks and len(old.hooks) == 4
 
 
-def test_attaching_again_adds_no_second_hook():
+@each_class
+def test_attaching_again_adds_no_second_hook(cls):
     net = small()
-    opt, stepping = run_cell(net)
+    opt, stepping = run_cell(cls, net)
     stepping.attach()
     assert all(len(p._post_accumulate_grad_hooks) == 1 for p in net.parameters())
     assert opt._gradient_hooks == [stepping] and len(opt._optimizer_step_pre_hooks) == 1
 
 
-def test_the_factor_of_clipping_is_forgotten_after_its_backward_pass():
+@each_class
+def test_the_factor_of_clipping_is_forgotten_after_its_backward_pass(cls):
     net = small()
-    opt, stepping = run_cell(net, max_norm=0.1)
+    opt, stepping = run_cell(cls, net, max_norm=0.1)
     stepping.backward(loss_of(net, batch()))
     before = everything(net, opt)
     with pytest.raises(RuntimeError, match=r"call backward\(loss\)"):
@@ -374,9 +413,10 @@ def test_the_factor_of_clipping_is_forgotten_after_its_backward_pass():
     assert_same(everything(net, opt), before)
 
 
-def test_attach_after_remove_steps_again():
+@each_class
+def test_attach_after_remove_steps_again(cls):
     net = small()
-    opt, stepping = run_cell(net)
+    opt, stepping = run_cell(cls, net)
     stepping.remove()
     assert not opt._gradient_hooks and not opt._optimizer_step_pre_hooks
     stepping.attach()
@@ -392,10 +432,11 @@ def through_deepcopy(*objects):
     return copy.deepcopy(objects)
 
 
+@each_class
 @pytest.mark.parametrize("travel", [through_pickle, through_deepcopy])
 @pytest.mark.parametrize("with_hooks", [True, False])
-def test_copies_train_as_the_original(travel, with_hooks):
-    one, ordinary, other, inside, stepping = both(small)
+def test_copies_train_as_the_original(cls, travel, with_hooks):
+    one, ordinary, other, inside, stepping = both(cls, small)
 
     def train(net, opt, seed):
         torch.manual_seed(seed)
@@ -418,20 +459,22 @@ def test_copies_train_as_the_original(travel, with_hooks):
     assert len(stepping.hooks) == 4
 
 
+@each_class
 @pytest.mark.parametrize("travel", [through_pickle, through_deepcopy])
-def test_a_copy_of_removed_hooks_stays_removed(travel):
+def test_a_copy_of_removed_hooks_stays_removed(cls, travel):
     net = small()
-    opt, stepping = run_cell(net)
+    opt, stepping = run_cell(cls, net)
     stepping.remove()
     net, opt, stepping = travel(net, opt, stepping)
     loss_of(net, batch()).backward()
     assert not stepping.hooks and all(p.grad is not None for p in net.parameters())
 
 
-def test_parameters_that_have_left_the_optimizer_keep_their_gradients():
+@each_class
+def test_parameters_that_have_left_the_optimizer_keep_their_gradients(cls):
     net = nn.ModuleList([nn.Linear(3, 3) for _ in range(3)])
     groups = [{"params": list(layer.named_parameters(prefix=str(i))), "lr": 0.1} for i, layer in enumerate(net)]
-    opt = SGDSaI(groups)
+    opt = cls([group | ({"muon": False} if cls is MuonSaI else {}) for group in groups])
     StepInBackward(opt)
     del opt.param_groups[0]  # the groups behind it move up
     opt.param_groups[1]["lr"] = 0.0
@@ -442,9 +485,11 @@ def test_parameters_that_have_left_the_optimizer_keep_their_gradients():
     assert moved == [False, True, False] and set(opt.state) == {*net[1].parameters(), *net[2].parameters()}
 
 
-def test_a_hook_finds_the_group_that_its_parameter_is_in_now():
+@each_class
+def test_a_hook_finds_the_group_that_its_parameter_is_in_now(cls):
     p, q = param(3), param(3)
-    opt = SGDSaI([{"params": [p], "lr": 0.0}, {"params": [q], "lr": 0.1}])
+    mark = {"muon": False} if cls is MuonSaI else {}
+    opt = cls([{"params": [p], "lr": 0.0, **mark}, {"params": [q], "lr": 0.1, **mark}])
     StepInBackward(opt)
     opt.param_groups[0]["params"], opt.param_groups[1]["params"] = [q], [p]
     kept = p.detach().clone(), q.detach().clone()
@@ -452,7 +497,8 @@ def test_a_hook_finds_the_group_that_its_parameter_is_in_now():
     assert not torch.equal(p, kept[0]) and torch.equal(q, kept[1])
 
 
-def test_hooks_that_only_report_are_not_replaced():
+@each_class
+def test_hooks_that_only_report_are_not_replaced(cls):
     class Count(GradientHooks):
         count = 0
 
@@ -460,7 +506,7 @@ def test_hooks_that_only_report_are_not_replaced():
             self.count += 1
 
     net = small()
-    opt = SGDSaI(net.named_parameters())
+    opt = built(cls, net)
     counts = [Count(opt), Count(opt)]
     StepInBackward(opt)
     loss_of(net, batch()).backward()
@@ -470,22 +516,23 @@ def test_hooks_that_only_report_are_not_replaced():
 # --- shapes, devices and dtypes ---------------------------------------------------------------------------------------
 
 
+@each_class
 @pytest.mark.parametrize("new", [(9, 4), (2, 4), (4, 6)], ids=str)
-def test_a_parameter_whose_shape_has_changed_does_not_step(new):
-    p = param(6, 4)
-    opt = SGDSaI([("p", p)])
+def test_a_parameter_whose_shape_has_changed_does_not_step(cls, new):
+    p, average = param(6, 4), "exp_avg" if cls is Adan else "momentum_buffer"
+    opt = cls([{"params": [("p", p)], **({"muon": True} if cls is MuonSaI else {})}])
     StepInBackward(opt)
     p.square().sum().backward()
     p.data = torch.randn(new)
     before, state = p.detach().clone(), copy.deepcopy(dict(opt.state[p]))
-    with pytest.raises(RuntimeError, match=r"state of p does not fit: momentum_buffer has the shape \(6, 4\)"):
+    with pytest.raises(RuntimeError, match=rf"state of p does not fit: {average} has the shape \(6, 4\)"):
         p.square().sum().backward()
     assert torch.equal(p, before) and str(state) == str(dict(opt.state[p]))
 
 
-def train_inside(max_norm, **options):
+def train_inside(cls, max_norm, **options):
     net = small().float().cpu()
-    opt = SGDSaI(net.named_parameters(), lr=0.02, **options)
+    opt = built(cls, net, **options)
     stepping = StepInBackward(opt, max_norm)
     x = torch.arange(24, dtype=torch.float32, device="cpu").view(8, 3) / 24
     return net, stepping, x
@@ -496,15 +543,24 @@ def go_on(net, stepping, x):
         norm = stepping.backward(loss_of(net, x))
         if t == 1:
             net, stepping = copy.deepcopy((net, stepping))
-    states = [{key: value for key, value in stepping.optimizer.state[p].items()} for p in net.parameters()]
+    states = [dict(stepping.optimizer.state[p]) for p in net.parameters()]
+    for state in states:
+        state["step"] = float(state.get("step", 0))  # Adan's has the default dtype, as PyTorch's optimizers
     return [p.detach() for p in net.parameters()], states, norm
 
 
 @pytest.mark.parametrize("max_norm", [None, 0.1])
-@pytest.mark.parametrize("options", [{}, dict(state_dtype=torch.bfloat16), dict(state_dtype=torch.int8)], ids=str)
+@pytest.mark.parametrize(
+    "cls, options",
+    [
+        *((SGDSaI, dict(state_dtype=dtype)) for dtype in (None, torch.bfloat16, torch.int8)),
+        *((Adan, dict(state_dtype=dtype)) for dtype in (None, torch.bfloat16)),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("other", ["meta", torch.float64], ids=str)
-def test_another_default_device_or_dtype_makes_no_difference(other, options, max_norm):
-    expected, start = go_on(*train_inside(max_norm, **options)), train_inside(max_norm, **options)
+def test_another_default_device_or_dtype_makes_no_difference(other, cls, options, max_norm):
+    expected, start = go_on(*train_inside(cls, max_norm, **options)), train_inside(cls, max_norm, **options)
     choose = torch.set_default_device if other == "meta" else torch.set_default_dtype
     choose(other)
     try:

@@ -118,7 +118,8 @@ def test_groups_hold_hyperparameters_and_nothing_else():
     opt = MuonSaI(model, lr=0.02)
     copied, loaded = copy.deepcopy(opt), MuonSaI(net())
     loaded.load_state_dict(opt.state_dict())
-    expected = {*SGDSaI(model.named_parameters()).param_groups[0], "muon", "stacked", "lr_factor"}
+    of_matrices = {"muon", "role", "stacked", "transposed", "split", "adjust_lr", "ns_steps", "ns_coefficients"}
+    expected = {*SGDSaI(model.named_parameters()).param_groups[0], *of_matrices, "rest", "lr_factor"}
     for other in (opt, copied, pickle.loads(pickle.dumps(opt)), loaded):
         other.add_param_group({"params": [("more", nn.Parameter(torch.randn(3, 3)))]})
         assert all(set(group) == expected for group in other.param_groups + other.state_dict()["param_groups"])
@@ -133,7 +134,7 @@ def test_resume_is_exact_and_schedulers_move_both_rates():
         gradients(model, step)
         opt.step()
         scheduler.step()
-    assert [lr_of(g) for g in opt.param_groups] == pytest.approx([0.005, 0.0075, 0.0075])
+    assert [lr_of(g) for g in opt.param_groups] == pytest.approx([0.005, 0.0075, 0.0075, 0.0075])
     twin, file = copy.deepcopy(model), io.BytesIO()
     torch.save(opt.state_dict(), file)
     resumed = MuonSaI(twin, lr=1.0)
@@ -178,8 +179,8 @@ def test_wrong_use_is_said():
         MuonSaI(model, lr=-1.0)
     with pytest.raises(ValueError, match="Invalid learning rate"):
         MuonSaI(model, sai_lr=-1.0)
-    with pytest.raises(ValueError, match="does not support state_dtype"):
-        MuonSaI([{"params": list(model.parameters()), "muon": False, "state_dtype": torch.bfloat16}])
+    with pytest.raises(ValueError, match="does not support normalize"):
+        MuonSaI([{"params": list(model.parameters()), "muon": False, "normalize": True}])
     opt, before = MuonSaI(model), copy.deepcopy(model.state_dict())
     gradients(model, 0)
     before = copy.deepcopy(model.state_dict())

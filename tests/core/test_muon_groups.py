@@ -145,7 +145,7 @@ def test_groups_for_keller_jordans_class_work_as_they_are():
 
 def test_a_group_that_is_added_without_a_mark_is_stepped_by_sgd_sai_and_a_warning_says_so():
     opt = MuonSaI(net(), lr=0.02, sai_lr=0.05)
-    with pytest.warns(UserWarning, match="neither muon=True nor muon=False is stepped by SGD-SaI"):
+    with pytest.warns(UserWarning, match="neither muon=True nor muon=False is stepped by rest='sgd_sai'"):
         opt.add_param_group({"params": [("more", matrix())]})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -171,7 +171,7 @@ def test_stacked_and_lr_factor_are_checked():
     for wrong in ("perhaps", None, 2):
         with pytest.raises(ValueError, match="Invalid stacked value"):
             MuonSaI([{"params": [nn.Parameter(torch.ones(2, 3, 3))], "muon": True, "stacked": wrong}])
-    with pytest.raises(ValueError, match=r"stacks of matrices, not of a tensor of shape \(4, 3\)"):
+    with pytest.raises(ValueError, match=r"a tensor of shape \(4, 3\) is not a stack of matrices"):
         MuonSaI([{"params": [matrix()], "muon": True, "stacked": True}])
     for wrong in (-1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="Invalid lr_factor value"):
@@ -209,7 +209,7 @@ def test_a_program_that_writes_one_lr_leaves_the_ratio_of_the_rates(cls, write, 
     factor = usual if rate is None else rate / 0.02
     opt, twin = (cls(net(), lr=0.02, **({name: rate} if rate else {})) for _ in range(2))
     write(opt, 0.08)
-    assert [float(lr_of(group)) for group in opt.param_groups] == pytest.approx([0.08, 0.08 * factor, 0.08 * factor])
+    assert [float(lr_of(group)) for group in opt.param_groups] == pytest.approx([0.08] + [0.08 * factor] * 3)
     # and the step uses it
     expected = cls(net(), lr=0.08, **{name: 0.08 * factor})
     ends = []
@@ -231,10 +231,10 @@ def rates(opt):
 @both
 def test_rates_that_are_given(cls):
     name = {MuonSaI: "sai_lr", MuonAdamW: "adamw_lr"}[cls]
-    assert rates(cls(net(), lr=0.02, **{name: 0.3})) == pytest.approx([0.02, 0.3, 0.3])
-    assert rates(cls(net(), lr=0.02, **{name: 0.0})) == [0.02, 0.0, 0.0]
-    assert rates(cls(net(), lr=0.0, **{name: 0.3})) == [0.0, 0.3, 0.3]  # no multiple of lr
-    assert rates(cls(net(), lr=0.0)) == [0.0, 0.0, 0.0]
+    assert rates(cls(net(), lr=0.02, **{name: 0.3})) == pytest.approx([0.02, 0.3, 0.3, 0.3])
+    assert rates(cls(net(), lr=0.02, **{name: 0.0})) == [0.02, 0.0, 0.0, 0.0]
+    assert rates(cls(net(), lr=0.0, **{name: 0.3})) == [0.0, 0.3, 0.3, 0.3]  # no multiple of lr
+    assert rates(cls(net(), lr=0.0)) == [0.0, 0.0, 0.0, 0.0]
     assert all(group["lr"] == 0.02 for group in cls(net(), lr=0.02, **{name: 0.3}).param_groups)
 
 
@@ -243,12 +243,12 @@ def test_rates_that_are_tensors_or_text():
     opt = MuonSaI(net(), lr=lr)
     assert all(group["lr"] is lr for group in opt.param_groups)
     lr.fill_(0.5)
-    assert rates(opt) == [0.5, 0.75, 0.75]
-    assert rates(MuonSaI(net(), lr=torch.tensor(0.5), sai_lr=torch.tensor(0.25))) == [0.5, 0.25, 0.25]
-    assert rates(MuonSaI(net(), lr=torch.tensor(0.0), sai_lr=torch.tensor(0.25))) == [0.0, 0.25, 0.25]
-    assert rates(MuonSaI(net(), lr="0.5", sai_lr="0.25")) == [0.5, 0.25, 0.25]
+    assert rates(opt) == [0.5, 0.75, 0.75, 0.75]
+    assert rates(MuonSaI(net(), lr=torch.tensor(0.5), sai_lr=torch.tensor(0.25))) == [0.5, 0.25, 0.25, 0.25]
+    assert rates(MuonSaI(net(), lr=torch.tensor(0.0), sai_lr=torch.tensor(0.25))) == [0.0, 0.25, 0.25, 0.25]
+    assert rates(MuonSaI(net(), lr="0.5", sai_lr="0.25")) == [0.5, 0.25, 0.25, 0.25]
     for wrong in ("fast", -1.0, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="Invalid (learning rate|sai_lr value)"):
+        with pytest.raises(ValueError, match="Invalid (learning rate|rest_lr value)"):
             MuonSaI(net(), sai_lr=wrong)
         with pytest.raises(ValueError, match="Invalid (learning rate|lr value)"):
             MuonSaI(net(), lr=wrong, sai_lr=0.1)
@@ -277,12 +277,24 @@ def test_a_rate_of_zero_by_its_factor_moves_nothing():
 # --- checkpoints ----------------------------------------------------------------------------------------------------
 
 
+NEW_KEYS = "lr_factor stacked transposed split role rest adjust_lr ns_steps ns_coefficients".split()
+
+
 def as_older_versions_wrote_it(state_dict):
-    "Every group with a rate of its own, and neither factor nor stacks."
+    "Matrices, all else, and vectors, in this order; each group with a rate of its own and the keys of that time."
     old = copy.deepcopy(state_dict)
+    groups = {}
     for group in old["param_groups"]:
-        group["lr"] = group["lr"] * group.pop("lr_factor")
-        del group["stacked"]
+        kind = {"matrix": "matrix", "vector": "vector"}.get(group["role"], "other")
+        if kind in groups:
+            for key in "params", "param_names":
+                groups[kind][key] += group[key]
+            continue
+        group["lr"] = group["lr"] * group["lr_factor"]
+        for key in NEW_KEYS:
+            del group[key]
+        groups[kind] = group
+    old["param_groups"] = [groups[kind] for kind in ("matrix", "other", "vector")]
     return old
 
 
@@ -302,7 +314,9 @@ def test_a_checkpoint_of_an_older_version_goes_on_to_the_last_bit(dtype):
         (0.02, 1.0, False),
         (0.03, 1.0, False),
         (0.03, 1.0, False),
+        (0.03, 1.0, False),
     ]
+    assert [group["rest"] for group in other.param_groups] == ["sgd_sai"] * 4
     schedule, other_schedule = (torch.optim.lr_scheduler.ExponentialLR(o, 0.5) for o in (opt, other))
     for seed in range(3, 6):
         give_gradients(model, seed), give_gradients(twin, seed)
@@ -313,7 +327,7 @@ def test_a_checkpoint_of_an_older_version_goes_on_to_the_last_bit(dtype):
 def test_a_checkpoint_with_a_factor_brings_it_along():
     opt, other = MuonSaI(net(), lr=0.02, sai_lr=0.1), MuonSaI(net(), lr=0.5)
     other.load_state_dict(opt.state_dict())
-    assert rates(other) == rates(opt) == pytest.approx([0.02, 0.1, 0.1])
+    assert rates(other) == rates(opt) == pytest.approx([0.02, 0.1, 0.1, 0.1])
     for copied in (copy.deepcopy(opt), pickle.loads(pickle.dumps(opt))):
         assert rates(copied) == rates(opt)
         copied.add_param_group({"params": [("more", vector())], "muon": False})
@@ -444,19 +458,22 @@ def test_the_kind_of_layer_decides_what_is_a_stack():
         "4.weight": True,
     }
     opt = MuonSaI(model)
-    assert [(group["muon"], group["stacked"]) for group in opt.param_groups] == [
-        (True, False),
-        (True, True),
-        (False, False),
-        (False, False),
+    assert [(group["role"], group["stacked"], group["transposed"]) for group in opt.param_groups] == [
+        ("matrix", False, False),
+        ("matrix", False, True),
+        ("matrix", True, False),
+        ("embedding", False, False),
+        ("head", False, False),
+        ("vector", False, False),
     ]
     give_gradients(model, 0)
     opt.step()
 
 
-def test_models_without_stacks_have_the_groups_that_older_checkpoints_have():
-    assert [(group["muon"], group.get("weight_decay")) for group in muon_groups(net())] == [
-        (True, None),
-        (False, None),
-        (False, 0.0),
+def test_each_role_has_a_group_and_vectors_do_not_decay():
+    assert [(group["muon"], group["role"], group.get("weight_decay")) for group in muon_groups(net())] == [
+        (True, "matrix", None),
+        (False, "embedding", None),
+        (False, "head", None),
+        (False, "vector", 0.0),
     ]

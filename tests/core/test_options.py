@@ -35,11 +35,17 @@ TEXTS = {  # option: text, value
     "no_prox": ("yes", True),
     "n_samples": ("3", 3),
     "average_window": ("off", False),
+    "rounding": ("nearest", "nearest"),
+    "capturable": ("true", True),
+    "ns_steps": ("7", 7),
+    "ns_coefficients": ("polar_express", "polar_express"),
+    "adjust_lr": ("match_rms_adamw", "match_rms_adamw"),
 }
 CHOICES = {
     "SGDSaI": "lr weight_decay eps momentum nesterov maximize foreach max_ratio state_dtype",
     "SGD_sai": "lr weight_decay eps momentum",
-    "MuonSaI": "lr weight_decay eps momentum nesterov maximize foreach max_ratio",
+    "MuonSaI": "lr weight_decay eps momentum nesterov maximize foreach max_ratio state_dtype rounding capturable "
+    "ns_steps ns_coefficients adjust_lr",
     "Adan": "lr weight_decay eps maximize foreach state_dtype restart_radius no_prox",
     "AdaHessian": "lr weight_decay eps maximize state_dtype betas n_samples average_window",
 }
@@ -74,11 +80,15 @@ WRONG = {
     "rounding": ["up", 3],
     "scale": ["gsnrr", 3, None],
     "max_ratio": ["wide", "0.5"],
+    "ns_steps": ["few", 0, -1, 2.5, 100],
+    "ns_coefficients": ["newton", "1, 2, 3, 4", (1.0, 2.0), [(1.0, 2.0, "a")]],
+    "adjust_lr": ["rms", None, 3],
 }
 WRONG_CHOICES = {
     "SGDSaI": "lr weight_decay eps maximize state_dtype momentum rounding scale max_ratio",
     "SGD_sai": "lr weight_decay eps momentum",
-    "MuonSaI": "lr weight_decay eps maximize momentum scale max_ratio",
+    "MuonSaI": "lr weight_decay eps maximize momentum scale max_ratio state_dtype rounding ns_steps ns_coefficients "
+    "adjust_lr",
     "Adan": "lr weight_decay eps maximize state_dtype betas",
     "AdaHessian": "lr weight_decay eps maximize state_dtype betas n_samples",
 }

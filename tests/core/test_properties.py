@@ -391,6 +391,7 @@ def adan_runs(draw):
             maximize=st.booleans(),
             capturable=st.booleans(),
             state_dtype=st.sampled_from([None, None, torch.float32, torch.bfloat16]),
+            rounding=st.just("nearest"),
         )
     )
     step = st.fixed_dictionaries(

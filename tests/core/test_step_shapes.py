@@ -29,9 +29,9 @@ def make(cls, **kw):
     return lambda named: cls([{"params": [pair]} for pair in named], **kw)
 
 
-def muon(hidden):
+def muon(hidden, **kw):
     "A function as `make` returns, of which one parameter is a hidden matrix."
-    return lambda named: MuonSaI([{"params": [pair], "muon": pair[0] == hidden} for pair in named])
+    return lambda named: MuonSaI([{"params": [pair], "muon": pair[0] == hidden} for pair in named], **kw)
 
 
 OPTIMIZERS = {  # the function, and the dtype of the parameters
@@ -57,6 +57,14 @@ OPTIMIZERS = {  # the function, and the dtype of the parameters
     "AdaHessian": (make(AdaHessian), torch.float32),
     "MuonSaI": (muon("matrix"), torch.float32),
     "MuonSaI, the rest": (muon("first"), torch.float32),
+    "MuonSaI, bf16 state": (muon("matrix", state_dtype=BF16), torch.float32),
+    "MuonSaI, int8 state": (muon("matrix", state_dtype=INT8), torch.float32),
+    "MuonSaI, kahan": (muon("matrix", rounding="kahan"), BF16),
+    "MuonSaI, capturable": (muon("matrix", capturable=True), torch.float32),
+    **{f"MuonSaI, {rest}": (muon("first", rest=rest), torch.float32) for rest in ("sign", "row_norm", "adams")},
+    "MuonSaI, row_norm, int8 state": (muon("first", rest="row_norm", state_dtype=INT8), torch.float32),
+    "MuonSaI, sign, kahan": (muon("first", rest="sign", rounding="kahan"), BF16),
+    "MuonSaI, adams, int8 to nearest": (muon("first", rest="adams", state_dtype=INT8, rounding="nearest"), BF16),
 }
 each_optimizer = pytest.mark.parametrize("build, dtype", OPTIMIZERS.values(), ids=OPTIMIZERS)
 

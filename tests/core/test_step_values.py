@@ -359,11 +359,22 @@ def test_path_of_adan_is_measured_with_eps(eps, capturable):
 def test_adan_keeps_the_last_gradient(dtype, state_dtype, flags):
     "With its sign changed, rounded once; the next step sees the difference to it."
     p = param(40, 30, dtype=dtype)
-    opt = Adan([p], state_dtype=state_dtype, **flags)
+    opt = Adan([p], state_dtype=state_dtype, rounding="nearest", **flags)
     for _ in range(3):
         g = torch.randn(40, 30).to(dtype)
         steps(opt, [p], [g])
         assert torch.equal(opt.state[p]["neg_pre_grad"], -g.to(state_dtype or dtype))
+
+
+def test_adan_keeps_one_of_two_neighbours_of_the_last_gradient():
+    "Where it is narrower than the gradient: the noise decides which."
+    p, g = param(40, 30), torch.randn(40, 30)
+    opt = Adan([p], state_dtype=BF16)
+    steps(opt, [p], [g])
+    down = (g.view(torch.int32) & -(1 << 16)).view(FLOAT32)
+    up = ((g.view(torch.int32) & -(1 << 16)) + (1 << 16)).view(FLOAT32)
+    kept = -opt.state[p]["neg_pre_grad"].float()
+    assert ((kept == down) | (kept == up)).all() and 0.3 < (kept == up).float().mean() < 0.7
 
 
 @pytest.mark.parametrize("flags", [{}, dict(foreach=False), dict(foreach=True), dict(capturable=True)], ids=str)

@@ -59,24 +59,27 @@ AdaHessian:
 - the checks of the loss's direction: lr 0.02, eps 0.1, where the input gives none (one draw of signs can make a
   curvature of next to nothing, and the steps of the default 0.15 are Newton's)
 
-MuonSaI:
+MuonSaI, once with its default rest and all matrices hidden, and once for each rule of the rest with all parameters
+stepped by it, as embeddings (Scion's also as a head):
 
-- all: through `SortedMuonSaI`, which marks parameters of two or more dimensions as hidden matrices, and cuts groups
-  where matrices and others meet (MuonSaI is given a model or marked groups; without marks it raises, see
-  test_muon_groups.py)
+- all: through classes that mark parameters by their dimensions, and cut groups where they meet (MuonSaI is given a
+  model or marked groups; without marks it raises, see test_muon_groups.py)
 - test_tensor_lr_is_followed_when_it_changes: the lr of every group is changed, for all optimizers (a tensor lr is one
   for all groups, as in PyTorch)
-- test_load_nontensor_step: parameters are vectors, for all optimizers (a matrix has no number in its state)
+- test_load_nontensor_step: parameters are vectors, for all optimizers (a matrix has no number in its state); none for
+  the other rules (their state has no number: it is the momentum alone)
 - test_can_load_from_to_named_state_dict: names are compared over all groups (there are two)
-- test_deepcopy_copies_all_public_attrs: `sgd_sai_defaults` is copied as well (defaults of the second kind of group)
-- test_differentiable*, test_cuda_graph_equals_eager, capturable inputs, other dtypes of the state: the error is
-  checked, in test_errors (not offered)
-- test_complex, test_complex_2d: the error is checked, in test_errors (the orthogonal factor of a complex matrix is not
-  offered)
-- test_foreach_matches_forloop: as for SGDSaI; test_fused_*, test_mixed_device_dtype, test_defaults_changed_to_foreach:
-  none, and no inputs with `fused` (the flags are about the parameters that are no matrices, and reach the same kernels
-  as in SGDSaI; test_muon_matrices.py has a step with each)
-- test_load_state_dict_hooks_see_and_change_the_loaded_state: none (it loads into another dtype of the state)
+- test_deepcopy_copies_all_public_attrs: `rest_options` and `reasons` are copied as well (what `add_param_group` gives
+  to later groups, and what `role_table` says of roles)
+- test_differentiable*: the error is checked, in test_errors (not offered)
+- test_complex, test_complex_2d: for the rules "sign" and "adams", which are element-wise; for the others the error is
+  checked, in test_errors (neither the orthogonal factor nor the size of a row is offered for complex numbers; the
+  default rest is SGDSaI's kernel)
+- test_foreach_matches_forloop: as for SGDSaI; test_fused_*, test_defaults_changed_to_foreach: none, and no inputs with
+  `fused` (the flags are about the parameters that are no matrices. With the default rest they reach the same kernels as
+  in SGDSaI, test_muon_matrices.py has a step with each; the other rules have no fused kernel, test_errors)
+- test_mixed_device_dtype: for the rules "sign", "row_norm" and "adams", without `fused`
+- test_cuda_graph_equals_eager, test_peak_memory_foreach: none here (test_muon_rest.py measures the memory of a step)
 - the checks of the loss's direction: lr 1e-3, as for SGDSaI"""
 
 import re
@@ -85,7 +88,7 @@ from pathlib import Path
 import torch
 from torch.optim import Optimizer
 from torch_contract import contract, only_cpu
-from torch_kinds import ADAHESSIAN, ADAN, MUONSAI, SGDSAI
+from torch_kinds import ADAHESSIAN, ADAN, MUON_KINDS, SGDSAI
 
 pytestmark = contract
 
@@ -110,6 +113,6 @@ def test_every_check_of_pytorch_has_a_counterpart_here(device):
     missing = [name for name in there if name not in here]
     assert (
         not missing
-        and all(isinstance(kind.cls([torch.ones(1)]), Optimizer) for kind in (SGDSAI, ADAN, ADAHESSIAN, MUONSAI))
+        and all(isinstance(kind.cls([torch.ones(1)]), Optimizer) for kind in (SGDSAI, ADAN, ADAHESSIAN, *MUON_KINDS))
         and re.match(r"\d+\.\d+", torch.__version__)
     )

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from torch.nn import Parameter
-from torch_contract import CHECK, TWO_GPUS, contract, derived_optimizers, each_device, each_kind, snapshot, with_foreach
-from torch_kinds import ADAN, MUONSAI, SGDSAI
+from torch_contract import CHECK, TWO_GPUS, contract, derived_optimizers, each_device, each_kind, snapshot, with_complex
+from torch_kinds import ADAMS, ADAN, ROW_NORM, SGDSAI, SIGN
 
 from sgd_sai.init_scales import init_scales
 
@@ -51,7 +51,7 @@ def give_scales(opt, other, params):
     other.set_scales({name: float(opt.state[p]["gsnr"]) for (name, _), p in zip(other.named(), params, strict=True)})
 
 
-@with_foreach
+@with_complex
 @each_device
 def test_complex(kind, device):
     for given in kind.all_inputs(device, skip=("differentiable",) + ("fused",) * (kind is SGDSAI)):
@@ -92,7 +92,7 @@ def rosenbrock(point):
     return (1 - x) ** 2 + 100 * (y - x**2) ** 2
 
 
-@with_foreach
+@with_complex
 @each_device
 def test_complex_2d(kind, device):
     for given in kind.all_inputs(device, skip=("differentiable",) + ("fused",) * (kind is SGDSAI)):
@@ -121,7 +121,10 @@ DTYPES = torch.float64, torch.float32, torch.float16, torch.bfloat16
 
 @pytest.mark.parametrize(
     "kind, impl",
-    [(SGDSAI, "foreach"), (SGDSAI, "fused"), (ADAN, "foreach")],
+    [
+        *((kind, "foreach") for kind in (SGDSAI, ADAN, SIGN, ROW_NORM, ADAMS)),
+        (SGDSAI, "fused"),
+    ],
     ids=lambda x: x if isinstance(x, str) else x.cls.__name__,
 )
 @pytest.mark.parametrize(
@@ -172,7 +175,7 @@ def test_set_default_dtype_works_with_foreach(kind, device):
             opt = kind.cls([p], **(dict(capturable=True) if kind.capturable else {}))
             opt.step()
             assert opt.state[p][kind.average].dtype == torch.float32
-            if kind is not MUONSAI:  # whose matrices have no number
+            if kind.number in opt.state[p]:  # a matrix of MuonSaI has none
                 count_dtype = torch.float64 if default == torch.float64 and kind is not SGDSAI else torch.float32
                 assert opt.state[p][kind.number].dtype == count_dtype  # counts follow the default dtype, as in PyTorch
         finally:

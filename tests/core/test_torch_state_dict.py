@@ -7,7 +7,7 @@ from copy import deepcopy
 import pytest
 import torch
 from torch.nn import Parameter
-from torch_contract import CHECK, contract, each_device, each_kind, evaluate, only_cuda, problem
+from torch_contract import CHECK, contract, each_device, each_kind, evaluate, only_cuda, problem, with_number
 
 from sgd_sai.sgd_sai import SGDSaI
 
@@ -209,7 +209,7 @@ def step_along(kind, opt, params, grads):
     opt.step()
 
 
-@each_kind
+@with_number
 @each_device
 def test_load_nontensor_step(kind, device):
     for given in kind.all_inputs(device):

@@ -98,6 +98,23 @@ def test_muon_sai_asks_for_the_scales_of_the_rest(mode, device):
         assert all(opt.state[p]["momentum_buffer"].shape == p.shape for p in net.parameters())
 
 
+@each_kind
+@pytest.mark.parametrize("settings", [{}, dict(state_dtype=BF16), dict(state_dtype=INT8)], ids=str)
+@pytest.mark.parametrize("rest", ["sign", "row_norm", "adams", "scion"])
+def test_other_rules_of_the_rest_need_no_scales(mode, device, rest, settings, monkeypatch):
+    monkeypatch.setattr(rounding, "_tables", {})
+    with mode():
+        net = network(device, torch.float32)
+        others = [(name, p) for name, p in net.named_parameters() if name != "1.weight"]
+        groups = [{"params": [("1.weight", net[1].weight)], "muon": True}, {"params": others}]
+        opt = MuonSaI(groups, rest=rest, **settings)
+        for _ in range(2):
+            opt.step()
+        momenta = [opt.state[p]["momentum_buffer"] for p in net.parameters()]
+        assert {m.dtype for m in momenta} == {settings.get("state_dtype", torch.float32)}
+        assert [m.shape for m in momenta] == [p.shape for p in net.parameters()]
+
+
 def test_fused_needs_a_device_that_has_such_a_kernel():
     net = network("meta", torch.float32)
     opt = SGDSaI(net.named_parameters(), fused=True)

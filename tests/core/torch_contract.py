@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import Parameter
 from torch.testing._internal.common_utils import TestCase
-from torch_kinds import ADAHESSIAN, ADAN, MUONSAI, SGDSAI
+from torch_kinds import ADAHESSIAN, ADAMS, ADAN, MUON_KINDS, SGDSAI, SIGN
 
 contract = [
     pytest.mark.usefixtures("seeded", "kernels_for_small_tensors_too"),
@@ -36,16 +36,19 @@ def kinds(*chosen):
     return pytest.mark.parametrize("kind", chosen, ids=lambda kind: kind.cls.__name__)
 
 
-each_kind = kinds(SGDSAI, ADAN, ADAHESSIAN, MUONSAI)
+each_kind = kinds(SGDSAI, ADAN, ADAHESSIAN, *MUON_KINDS)
 
 
-with_state_dtype = kinds(SGDSAI, ADAN, ADAHESSIAN)
+with_number = kinds(*(kind for kind in (SGDSAI, ADAN, ADAHESSIAN, *MUON_KINDS) if kind.number))
 
 
 with_foreach = kinds(SGDSAI, ADAN)
 
 
-with_foreach_or_partly = kinds(SGDSAI, ADAN, MUONSAI)  # for all parameters, or for those that are no matrices
+with_foreach_or_partly = kinds(SGDSAI, ADAN, *MUON_KINDS)  # for all parameters, or for those that are no matrices
+
+
+with_complex = kinds(SGDSAI, ADAN, SIGN, ADAMS)
 
 
 def problem(kind, device, dtype=torch.float32, contiguous=True, bias_device=None):

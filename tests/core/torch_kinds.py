@@ -4,7 +4,7 @@ import functools
 import inspect
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 
 import torch
@@ -40,7 +40,7 @@ class Kind:
     like: type  # the optimizer of PyTorch that it is to take the place of
     released: tuple  # arguments that the authors' class has too
     gentle: dict  # for small steep problems, where the input says nothing else
-    number: str  # entry of the state that files may hold as a number or as a tensor
+    number: str  # entry of the state that files may hold as a number or as a tensor; "": there is none
     average: str  # entry of the state that is a tensor of the parameter's shape
     states: Callable  # keyword arguments, number of dimensions -> the entries of the state after a step
     loop: dict = field(default_factory=dict)  # flags that choose the plain loop
@@ -213,6 +213,7 @@ def adan_table():
         "no averages": dict(betas=(0.0, 0.0, 0.0), eps=1e-3),
         "eps": dict(eps=1e-4),
         "restart_radius": dict(restart_radius=1e3),
+        "rounding": dict(rounding="nearest"),
     }
 
 
@@ -223,6 +224,10 @@ def adan_errors(error, infinite):
         error("Invalid beta parameter at index 2: nan", betas=(0.9, 0.9, float("nan"))),
         error("3 are needed", betas=(0.9, 0.999)),
         error("Invalid restart_radius value: -1", restart_radius=-1),
+        error("Invalid rounding: 'up'", rounding="up"),
+        error("Invalid state_dtype value: torch.int8", state_dtype=torch.int8),
+        error("`capturable` supports neither", RuntimeError, rounding="stochastic", capturable=True),
+        error("`differentiable` supports neither", RuntimeError, rounding="kahan", differentiable=True),
         error("`foreach` does not support `differentiable`", RuntimeError, foreach=True, differentiable=True),
         error(
             "`restart_radius` does not support `differentiable`", RuntimeError, restart_radius=1.0, differentiable=True
@@ -324,8 +329,8 @@ ADAHESSIAN = Kind(
 )
 
 
-def by_dimension(params):
-    "Groups for MuonSaI of parameters, or groups, that nobody has marked: real matrices, and all else, in their order."
+def by_dimension(params, marks):
+    "Groups for MuonSaI of parameters, or groups, that nobody has marked: those of two or more dimensions get `marks`."
     if isinstance(params, torch.Tensor):
         return params
     params = list(params)
@@ -334,20 +339,22 @@ def by_dimension(params):
     for group in groups:
         given = [group["params"]] if isinstance(group["params"], torch.Tensor) else group["params"]
         for is_matrix, run in itertools.groupby(given, lambda p: (p[1] if isinstance(p, tuple) else p).ndim >= 2):
-            marked.append({**group, "params": list(run), "muon": is_matrix})
+            marked.append({**group, "params": list(run), **(marks if is_matrix else {"muon": False})})
     return marked
 
 
-class SortedMuonSaI(MuonSaI):
+def sorted_muon(name, marks, **rest):
     "MuonSaI as the checks build optimizers: from parameters, or from groups without marks."
 
     @functools.wraps(MuonSaI.__init__)
-    def __init__(self, params, *args, **kwargs):
-        super().__init__(by_dimension(params), *args, **kwargs)
+    def init(self, params, *args, **kwargs):
+        MuonSaI.__init__(self, by_dimension(params, marks), *args, **rest, **kwargs)
+
+    return type(name, (MuonSaI,), {"__init__": init})
 
 
 def muonsai_table():
-    "Those of Muon where they exist here, and those of SGDSaI that are offered."
+    "Those of Muon where they exist here, and those of SGDSaI."
     return {
         "default": {},
         "non-default lr": dict(lr=2e-3),
@@ -356,45 +363,119 @@ def muonsai_table():
         "no weight_decay": dict(weight_decay=0.0),
         "no momentum": dict(momentum=0.0, nesterov=False),
         "momentum": dict(momentum=0.5),
+        "momentum of the rest": dict(rest_momentum=0.5),
         "maximize": dict(weight_decay=0.1, maximize=True),
         "not nesterov": dict(nesterov=False, weight_decay=0.1),
+        "match_rms_adamw": dict(adjust_lr="match_rms_adamw"),
+        "spectral_unclamped": dict(adjust_lr="spectral_unclamped"),
+        "iterations": dict(ns_steps=8, ns_coefficients="polar_express"),
+        "coefficients": dict(ns_steps=2, ns_coefficients=(2.0, -1.5, 0.5)),
         "sqrt_numel": dict(scale="sqrt_numel", weight_decay=0.0),
         "max_ratio": dict(max_ratio=None),
         "eps": dict(eps=1e-4),
+        "rounding": dict(rounding="nearest"),
     }
 
 
 def muonsai_errors(error, infinite):
     return [
         error("Invalid momentum value: -0.5", momentum=-0.5),
-        error("Invalid momentum value: 1.0", sai_momentum=1.0),
-        error("Invalid learning rate: -0.1", sai_lr=-0.1),
+        error("Invalid momentum value: 1.0", rest_momentum=1.0),
+        error("Invalid learning rate: -0.1", rest_lr=-0.1),
+        error("got rest_lr and sai_lr", TypeError, rest_lr=0.1, sai_lr=0.1),
         error("Nesterov momentum requires a momentum", momentum=0),
         error("Invalid scale: 'sqrt'", scale="sqrt"),
         error("Invalid max_ratio value: 0.5", max_ratio=0.5),
+        error("Invalid rest: 'adam'", rest="adam"),
+        error("Invalid adjust_lr: 'rms'", adjust_lr="rms"),
+        error("Invalid ns_steps value: 0", ns_steps=0),
+        error("Invalid ns_coefficients: 'newton'", ns_coefficients="newton"),
+        error("Invalid ns_coefficients", ns_coefficients=(1.0, 2.0)),
+        error("Invalid rounding: 'up'", rounding="up"),
+        error("`capturable` supports neither", RuntimeError, rounding="stochastic", capturable=True),
         error("`fused` and `foreach` cannot be `True` together", RuntimeError, fused=True, foreach=True),
+        error("`fused` does not support `capturable`", RuntimeError, fused=True, capturable=True),
         error("has to consist of real matrices", params=[torch.zeros(2, 2, dtype=torch.complex64)]),
-        error("unexpected keyword argument 'state_dtype'", TypeError, state_dtype=torch.bfloat16),
-        error("unexpected keyword argument 'capturable'", TypeError, capturable=True),
         error("unexpected keyword argument 'differentiable'", TypeError, differentiable=True),
+        error("does not support differentiable", params=[{"params": [infinite], "differentiable": True}]),
+        error("does not support normalize", params=[{"params": [infinite], "normalize": True}]),
         error("is not finite", RuntimeError, [infinite], OptimizerErrorEnum.STEP_ERROR),
     ]
 
 
 MUONSAI = Kind(
-    SortedMuonSaI,
+    sorted_muon("SortedMuonSaI", {"muon": True}),
     sgd_sai.kernels,
     muonsai_table,
     muonsai_errors,
     like=SGD,
-    released=("params", "lr", "sai_lr", "weight_decay", "momentum", "sai_momentum", "nesterov", "matrices", "eps"),
+    released=(
+        *("params", "lr", "sai_lr", "weight_decay", "momentum", "sai_momentum", "nesterov", "matrices", "eps"),
+        *("rest", "rest_lr", "rest_momentum", "roles", "by_head"),  # what sorts and fills groups, and stands in none
+    ),
     gentle=dict(lr=1e-3),
     number="gsnr",
     average="momentum_buffer",
     states=lambda kwargs, ndim: {"momentum_buffer"} if ndim >= 2 else {"gsnr", "momentum_buffer"},
     loop=dict(foreach=False, fused=False),
-    flags=({},),
+    flags=({}, dict(foreach=True), dict(capturable=True), dict(capturable=True, foreach=True)),
     supports=("foreach",),
-    state_dtype=False,
-    attributes=frozenset({"sgd_sai_defaults"}),
+    capturable=True,
+    attributes=frozenset({"rest_options", "reasons"}),
 )
+
+
+def rest_table():
+    "What the rules of the rest have; none has a scale, and Nesterov's form is part of the rule."
+    return {
+        "default": {},
+        "non-default lr": dict(lr=2e-3),
+        "tensor lr": dict(lr=torch.tensor(0.001)),
+        "rate of the rest": dict(rest_lr=1e-3),
+        "non-zero weight_decay": dict(weight_decay=0.5),
+        "no weight_decay": dict(weight_decay=0.0),
+        "momentum of the rest": dict(rest_momentum=0.5),
+        "maximize": dict(weight_decay=0.1, maximize=True),
+        "eps": dict(eps=1e-4),
+        "momentum of the matrices": dict(momentum=0.5),
+        "rounding": dict(rounding="nearest"),
+    }
+
+
+def rest_errors(error, infinite):
+    return [
+        error("Invalid momentum value: -0.5", momentum=-0.5),
+        error("Invalid momentum value: 1.0", rest_momentum=1.0),
+        error("Invalid learning rate: -0.1", rest_lr=-0.1),
+        error("`capturable` supports neither", RuntimeError, rounding="stochastic", capturable=True),
+        error("`fused` is not supported by rest", RuntimeError, fused=True),
+        error("does not support differentiable", params=[{"params": [infinite], "differentiable": True}]),
+        error("is not finite", RuntimeError, [infinite], OptimizerErrorEnum.STEP_ERROR),
+    ]
+
+
+def row_norm_errors(error, infinite):
+    no_rows = [torch.zeros(2, 2, dtype=torch.complex64)]
+    return [*rest_errors(error, infinite), error("does not support complex parameters", params=no_rows)]
+
+
+def adams_errors(error, infinite):
+    return [*rest_errors(error, infinite), error("divides by zero without eps", eps=0.0)]
+
+
+def of_rest(rest, errors=rest_errors, role="embedding"):
+    "MuonSaI with no hidden matrix: all parameters are stepped by its rest; those of two dimensions have this role."
+    return replace(
+        MUONSAI,
+        cls=sorted_muon(f"MuonSaI_{rest}_{role}", {"muon": False, "role": role}, rest=rest),
+        table=rest_table,
+        errors=errors,
+        number="",
+        states=lambda kwargs, ndim: {"momentum_buffer"},
+        loop=dict(foreach=False),
+    )
+
+
+SIGN, ADAMS, ROW_NORM = of_rest("sign"), of_rest("adams", adams_errors), of_rest("row_norm", row_norm_errors)
+SCION = of_rest("scion", row_norm_errors), of_rest("scion", role="head")
+MUON_KINDS = (MUONSAI, SIGN, ROW_NORM, ADAMS, *SCION)

@@ -31,8 +31,10 @@ from sgd_sai.experiments.train import train
 
 SHAPES = {"embed.weight": (6, 4), "weight": (7, 3), "bias": (5,), "kernel": (4, 3, 3, 3)}
 
-# The names that training, the table of state and the benchmark had before there was one registry.
-TRAINING = "sgd_sai sgd_sai_sqrtn sgdm adamw adan adahessian muon_sai muon_adamw adam_mini authors".split()
+# The names that training, the table of state and the benchmark know; before there was one registry, each had a list.
+RESTS = [f"muon_sai:{rest}" for rest in ("sign", "row_norm", "adams", "scion")]
+TRAINING = "sgd_sai sgd_sai_sqrtn sgdm adamw adan adahessian muon_sai".split()
+TRAINING += [*RESTS, "muon_adamw", "adam_mini", "authors"]
 STATE = """
     sgd_sai sgd_sai_sqrtn sgd_sai_bf16 sgd_sai_int8 sgd_sai_momentum0 sgd_sai_kahan sgd_sai_stochastic adan adahessian
     sgd sgdm adam adamw amsgrad adamax nadam radam adagrad adadelta rmsprop rmsprop_momentum rmsprop_centered rprop asgd
@@ -41,7 +43,7 @@ STATE = """
 BENCHMARK = """
     sgd-fused sgd-foreach sgd-loop sgd-compiled sgd-plain adamw-fused adamw-foreach adamw-loop sgd_sai sgd_sai-fused
     sgd_sai-foreach sgd_sai-loop sgd_sai-compiled sgd_sai-plain sgd_sai-bf16 sgd_sai-int8 authors po-sgdsai adam-mini
-    prodigy adan adahessian muon_sai
+    prodigy adan adahessian muon_sai muon-adamw muon_sai-sgd_sai muon_sai-sign muon_sai-row_norm muon_sai-adams
 """.split()
 STYLES = {  # of the optimizers in results/
     "sgd_sai": ("SGD-SaI", "#C2410C", "-"),
