@@ -861,6 +861,18 @@ d = {
             ),
         },
         "sgd_sai.benchmarks.step_time": {
+            "sgd_sai.benchmarks.step_time.StepTogether": (
+                "benchmarks/step_time.html#steptogether",
+                "sgd_sai/benchmarks/step_time.py",
+            ),
+            "sgd_sai.benchmarks.step_time.StepTogether.__init__": (
+                "benchmarks/step_time.html#steptogether.__init__",
+                "sgd_sai/benchmarks/step_time.py",
+            ),
+            "sgd_sai.benchmarks.step_time.StepTogether.step": (
+                "benchmarks/step_time.html#steptogether.step",
+                "sgd_sai/benchmarks/step_time.py",
+            ),
             "sgd_sai.benchmarks.step_time._compiled": (
                 "benchmarks/step_time.html#_compiled",
                 "sgd_sai/benchmarks/step_time.py",
@@ -1449,12 +1461,16 @@ d = {
                 "experiments/muon_adamw.html#_state_shapes",
                 "sgd_sai/experiments/muon_adamw.py",
             ),
-            "sgd_sai.experiments.muon_adamw.groups_by_name": (
-                "experiments/muon_adamw.html#groups_by_name",
+            "sgd_sai.experiments.muon_adamw.groups_by_length": (
+                "experiments/muon_adamw.html#groups_by_length",
                 "sgd_sai/experiments/muon_adamw.py",
             ),
             "sgd_sai.experiments.muon_adamw.groups_by_shape": (
                 "experiments/muon_adamw.html#groups_by_shape",
+                "sgd_sai/experiments/muon_adamw.py",
+            ),
+            "sgd_sai.experiments.muon_adamw.is_hidden_shape": (
+                "experiments/muon_adamw.html#is_hidden_shape",
                 "sgd_sai/experiments/muon_adamw.py",
             ),
             "sgd_sai.experiments.muon_adamw.torch_muon": (

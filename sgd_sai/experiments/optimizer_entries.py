@@ -14,10 +14,10 @@ import torch
 from torch import nn
 
 from sgd_sai.experiments.muon_adamw import (
-    TABLES,
     MuonAdamW,
-    groups_by_name,
+    groups_by_length,
     groups_by_shape,
+    is_hidden_shape,
     torch_muon,
     torch_muon_adamw,
 )
@@ -267,9 +267,9 @@ ENTRIES += [
         **_muon,
     ),
 ]
-_GPT = dict(from_named=groups_by_name, benchmark=StepBenchmark(usual=False), **_BENCHMARK)
-_BY_NAME = dict.fromkeys(("sign", "row_norm", "adams"), rules.muon_rule(rules.per_parameter(["momentum_buffer"])))
-_BY_NAME["sgd_sai"] = rules.muon_rule(rules.sgd_sai_rule, TABLES)
+_GPT = dict(from_named=groups_by_length, benchmark=StepBenchmark(usual=False), **_BENCHMARK)
+_RULES = dict.fromkeys(("sign", "row_norm", "adams"), rules.per_parameter(["momentum_buffer"]))
+_RULES["sgd_sai"] = rules.muon_rule(rules.sgd_sai_rule, is_hidden_shape)
 if hasattr(torch.optim, "Muon"):
     ENTRIES += [
         OptimizerEntry(
@@ -284,13 +284,13 @@ if hasattr(torch.optim, "Muon"):
             "muon-adamw",
             torch_muon_adamw,
             "torch Muon and fused AdamW",
-            state=rules.muon_rule(rules.adamw_rule, TABLES),
+            state=rules.muon_rule(rules.adamw_rule, is_hidden_shape),
             trainable=False,
             **_GPT,
         ),
         *(
             variant(_muon_sai, f"muon_sai-{rest}", f"MuonSaI, {rest}", {"rest": rest}, state=rule, **_GPT)
-            for rest, rule in _BY_NAME.items()
+            for rest, rule in _RULES.items()
         ),
     ]
 

@@ -165,13 +165,12 @@ def lbfgs_rule(
 # %% ../../nbs/experiments/state_rules.ipynb #60e5a37e
 def muon_rule(
     others: Callable,  # rule of the optimizer that has everything but matrices
-    tables: tuple[str, ...] = (),  # words in the names of matrices that belong to the others
+    is_hidden: Callable = lambda shape: len(shape) == 2,  # of a shape: is it one of Muon's matrices
 ) -> Callable:  # as per_parameter
     "The rule of Muon on the matrices, which keeps a momentum, and of another optimizer on the rest."
 
     def rule(params, dtype):
-        named = [name for name in params if any(word in name for word in tables)]
-        matrices = {name: shape for name, shape in params.items() if len(shape) == 2 and name not in named}
+        matrices = {name: shape for name, shape in params.items() if is_hidden(shape)}
         remaining = {name: shape for name, shape in params.items() if name not in matrices}
         return per_parameter(["momentum_buffer"])(matrices, dtype) + others(remaining, dtype)
 
