@@ -124,9 +124,6 @@ def read_mark(
 
 
 # %% ../nbs/optimizers/muon_groups.ipynb #6a14d2ae
-_TWO_WAYS = 'give it the model, or groups that say it, such as {"params": [...], "muon": True}'
-
-
 def warn_without_matrices(
     model: nn.Module,
     groups: list[dict],  # of its parameters
@@ -138,6 +135,10 @@ def warn_without_matrices(
             f"{type(model).__name__} has no hidden matrix that requires a gradient, so {cls} runs without Muon; "
             "`roles=` says which parameters are hidden matrices"
         )
+
+
+# %% ../nbs/optimizers/muon_groups.ipynb #267981e0
+_TWO_WAYS = 'give it the model, or groups that say it, such as {"params": [...], "muon": True}'
 
 
 def as_muon_groups(
