@@ -77,7 +77,6 @@ d = {
             "sgd_sai.adan._check_state_dtype": ("optimizers/adan.html#_check_state_dtype", "sgd_sai/adan.py"),
             "sgd_sai.adan._decay_options": ("optimizers/adan.html#_decay_options", "sgd_sai/adan.py"),
             "sgd_sai.adan._hyperparameters": ("optimizers/adan.html#_hyperparameters", "sgd_sai/adan.py"),
-            "sgd_sai.adan._is_undecided": ("optimizers/adan.html#_is_undecided", "sgd_sai/adan.py"),
             "sgd_sai.adan._restart_long_paths": ("optimizers/adan.html#_restart_long_paths", "sgd_sai/adan.py"),
             "sgd_sai.adan._step": ("optimizers/adan.html#_step", "sgd_sai/adan.py"),
             "sgd_sai.adan._step_differentiable": ("optimizers/adan.html#_step_differentiable", "sgd_sai/adan.py"),
@@ -102,7 +101,6 @@ d = {
                 "optimizers/adan_kernels.html#_step_tensor",
                 "sgd_sai/adan_kernels.py",
             ),
-            "sgd_sai.adan_kernels._store": ("optimizers/adan_kernels.html#_store", "sgd_sai/adan_kernels.py"),
             "sgd_sai.adan_kernels.adan_factors": (
                 "optimizers/adan_kernels.html#adan_factors",
                 "sgd_sai/adan_kernels.py",
@@ -3053,6 +3051,10 @@ d = {
                 "sgd_sai/internals/chunks.py",
             ),
             "sgd_sai.internals.chunks.as_real": ("internals/chunks.html#as_real", "sgd_sai/internals/chunks.py"),
+            "sgd_sai.internals.chunks.chunk_entries": (
+                "internals/chunks.html#chunk_entries",
+                "sgd_sai/internals/chunks.py",
+            ),
             "sgd_sai.internals.chunks.chunks": ("internals/chunks.html#chunks", "sgd_sai/internals/chunks.py"),
             "sgd_sai.internals.chunks.in_float32": ("internals/chunks.html#in_float32", "sgd_sai/internals/chunks.py"),
             "sgd_sai.internals.chunks.is_dense": ("internals/chunks.html#is_dense", "sgd_sai/internals/chunks.py"),
@@ -3213,10 +3215,6 @@ d = {
             ),
         },
         "sgd_sai.internals.rounding": {
-            "sgd_sai.internals.rounding._chunk_size": (
-                "internals/rounding.html#_chunk_size",
-                "sgd_sai/internals/rounding.py",
-            ),
             "sgd_sai.internals.rounding._cut": ("internals/rounding.html#_cut", "sgd_sai/internals/rounding.py"),
             "sgd_sai.internals.rounding._flat": ("internals/rounding.html#_flat", "sgd_sai/internals/rounding.py"),
             "sgd_sai.internals.rounding._hashed": ("internals/rounding.html#_hashed", "sgd_sai/internals/rounding.py"),
@@ -3224,7 +3222,6 @@ d = {
                 "internals/rounding.html#_step_chunk",
                 "sgd_sai/internals/rounding.py",
             ),
-            "sgd_sai.internals.rounding._store": ("internals/rounding.html#_store", "sgd_sai/internals/rounding.py"),
             "sgd_sai.internals.rounding._store_momentum": (
                 "internals/rounding.html#_store_momentum",
                 "sgd_sai/internals/rounding.py",
@@ -3253,6 +3250,10 @@ d = {
             ),
             "sgd_sai.internals.rounding.stochastic_round_": (
                 "internals/rounding.html#stochastic_round_",
+                "sgd_sai/internals/rounding.py",
+            ),
+            "sgd_sai.internals.rounding.store_rounded": (
+                "internals/rounding.html#store_rounded",
                 "sgd_sai/internals/rounding.py",
             ),
             "sgd_sai.internals.rounding.update_momentum": (
@@ -3389,7 +3390,6 @@ d = {
                 "optimizers/kernels.html#_not_obviously_right",
                 "sgd_sai/kernels.py",
             ),
-            "sgd_sai.kernels._rounding": ("optimizers/kernels.html#_rounding", "sgd_sai/kernels.py"),
             "sgd_sai.kernels._scaled_add_": ("optimizers/kernels.html#_scaled_add_", "sgd_sai/kernels.py"),
             "sgd_sai.kernels._scaled_add_in_batches_": (
                 "optimizers/kernels.html#_scaled_add_in_batches_",
@@ -3402,6 +3402,7 @@ d = {
             "sgd_sai.kernels._step_tensor": ("optimizers/kernels.html#_step_tensor", "sgd_sai/kernels.py"),
             "sgd_sai.kernels.add_rounding_state": ("optimizers/kernels.html#add_rounding_state", "sgd_sai/kernels.py"),
             "sgd_sai.kernels.check_entries": ("optimizers/kernels.html#check_entries", "sgd_sai/kernels.py"),
+            "sgd_sai.kernels.rounding_of": ("optimizers/kernels.html#rounding_of", "sgd_sai/kernels.py"),
             "sgd_sai.kernels.step_groups": ("optimizers/kernels.html#step_groups", "sgd_sai/kernels.py"),
         },
         "sgd_sai.model_layers": {
@@ -3447,16 +3448,13 @@ d = {
         },
         "sgd_sai.muon_groups": {
             "sgd_sai.muon_groups._check_keys": ("optimizers/muon_groups.html#_check_keys", "sgd_sai/muon_groups.py"),
-            "sgd_sai.muon_groups._checked_groups": (
-                "optimizers/muon_groups.html#_checked_groups",
-                "sgd_sai/muon_groups.py",
-            ),
             "sgd_sai.muon_groups._chosen": ("optimizers/muon_groups.html#_chosen", "sgd_sai/muon_groups.py"),
             "sgd_sai.muon_groups.as_muon_groups": (
                 "optimizers/muon_groups.html#as_muon_groups",
                 "sgd_sai/muon_groups.py",
             ),
             "sgd_sai.muon_groups.group_of": ("optimizers/muon_groups.html#group_of", "sgd_sai/muon_groups.py"),
+            "sgd_sai.muon_groups.groups_of": ("optimizers/muon_groups.html#groups_of", "sgd_sai/muon_groups.py"),
             "sgd_sai.muon_groups.hidden_matrices": (
                 "optimizers/muon_groups.html#hidden_matrices",
                 "sgd_sai/muon_groups.py",
@@ -3469,6 +3467,10 @@ d = {
             "sgd_sai.muon_groups.read_mark": ("optimizers/muon_groups.html#read_mark", "sgd_sai/muon_groups.py"),
             "sgd_sai.muon_groups.sorted_parameters": (
                 "optimizers/muon_groups.html#sorted_parameters",
+                "sgd_sai/muon_groups.py",
+            ),
+            "sgd_sai.muon_groups.warn_without_matrices": (
+                "optimizers/muon_groups.html#warn_without_matrices",
                 "sgd_sai/muon_groups.py",
             ),
             "sgd_sai.muon_groups.with_defaults": (
@@ -3714,7 +3716,6 @@ d = {
             "sgd_sai.muon_step._Stack": ("optimizers/muon_step.html#_stack", "sgd_sai/muon_step.py"),
             "sgd_sai.muon_step._add_scaled_": ("optimizers/muon_step.html#_add_scaled_", "sgd_sai/muon_step.py"),
             "sgd_sai.muon_step._at_a_time": ("optimizers/muon_step.html#_at_a_time", "sgd_sai/muon_step.py"),
-            "sgd_sai.muon_step._chunk": ("optimizers/muon_step.html#_chunk", "sgd_sai/muon_step.py"),
             "sgd_sai.muon_step._cost": ("optimizers/muon_step.html#_cost", "sgd_sai/muon_step.py"),
             "sgd_sai.muon_step._move": ("optimizers/muon_step.html#_move", "sgd_sai/muon_step.py"),
             "sgd_sai.muon_step._pieces": ("optimizers/muon_step.html#_pieces", "sgd_sai/muon_step.py"),
@@ -3728,12 +3729,11 @@ d = {
                 "optimizers/muon_step.html#_step_with_updates",
                 "sgd_sai/muon_step.py",
             ),
-            "sgd_sai.muon_step._update_at": ("optimizers/muon_step.html#_update_at", "sgd_sai/muon_step.py"),
+            "sgd_sai.muon_step._update_in": ("optimizers/muon_step.html#_update_in", "sgd_sai/muon_step.py"),
             "sgd_sai.muon_step._update_momenta_": (
                 "optimizers/muon_step.html#_update_momenta_",
                 "sgd_sai/muon_step.py",
             ),
-            "sgd_sai.muon_step._update_of": ("optimizers/muon_step.html#_update_of", "sgd_sai/muon_step.py"),
             "sgd_sai.muon_step._write_update": ("optimizers/muon_step.html#_write_update", "sgd_sai/muon_step.py"),
             "sgd_sai.muon_step.directions": ("optimizers/muon_step.html#directions", "sgd_sai/muon_step.py"),
             "sgd_sai.muon_step.muon_step": ("optimizers/muon_step.html#muon_step", "sgd_sai/muon_step.py"),
@@ -3859,7 +3859,6 @@ d = {
             "sgd_sai.rest_rows._message": ("optimizers/rest_rows.html#_message", "sgd_sai/rest_rows.py"),
             "sgd_sai.rest_rows._norm": ("optimizers/rest_rows.html#_norm", "sgd_sai/rest_rows.py"),
             "sgd_sai.rest_rows._over_processes": ("optimizers/rest_rows.html#_over_processes", "sgd_sai/rest_rows.py"),
-            "sgd_sai.rest_rows.chunk_entries": ("optimizers/rest_rows.html#chunk_entries", "sgd_sai/rest_rows.py"),
             "sgd_sai.rest_rows.row_chunks": ("optimizers/rest_rows.html#row_chunks", "sgd_sai/rest_rows.py"),
             "sgd_sai.rest_rows.row_factors": ("optimizers/rest_rows.html#row_factors", "sgd_sai/rest_rows.py"),
             "sgd_sai.rest_rows.row_norms": ("optimizers/rest_rows.html#row_norms", "sgd_sai/rest_rows.py"),

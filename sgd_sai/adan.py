@@ -33,7 +33,7 @@ from .adan_kernels import ADAN_STATE, adan_factors, step_adan_rounded, step_adan
 from .internals.base import AveragingOptimizer, closure_loss, debias, lr_of
 from .internals.options import check_betas, check_lr, check_range
 from .internals.single_steps import SingleSteps
-from .kernels import Rounding, _rounding
+from .kernels import Rounding, rounding_of
 from .scaled_optimizer import check_rounding
 
 
@@ -130,16 +130,10 @@ def _step_differentiable(opt: AveragingOptimizer, group: dict, params: list, lr)
 
 
 # %% ../nbs/optimizers/adan.ipynb #20076b8c
-def _is_undecided(group: dict, p_dtype: torch.dtype, m_dtype: torch.dtype) -> bool:
-    "True while a step is traced whose rounding depends on `capturable`."
-    narrower = m_dtype == torch.bfloat16 and p_dtype in (torch.float32, torch.float64)
-    return torch.compiler.is_compiling() and group["rounding"] is None and narrower
-
-
 @torch._disable_dynamo
 def _step_outside_graphs(opt: AveragingOptimizer, group: dict, params: list):
     "One step of `params`, which share a device and dtypes, rounded as the group says."
-    lr, rounding = lr_of(group), _rounding(group, params[0].dtype, opt.state[params[0]]["exp_avg"].dtype)
+    lr, rounding = lr_of(group), rounding_of(group, params[0].dtype, opt.state[params[0]]["exp_avg"].dtype)
     if rounding:
         _step_rounded(opt, group, params, lr, rounding)
     else:
@@ -153,7 +147,7 @@ def _step_group(opt: AveragingOptimizer, group: dict, params: list):
         init_averages(opt, group, p)
         params_by_kind.setdefault((p.device, p.dtype, opt.state[p]["exp_avg"].dtype), []).append(p)
     for (_, p_dtype, m_dtype), alike in params_by_kind.items():
-        if _rounding(group, p_dtype, m_dtype) or _is_undecided(group, p_dtype, m_dtype):
+        if rounding_of(group, p_dtype, m_dtype):
             _step_outside_graphs(opt, group, alike)
         elif group["differentiable"]:
             _step_differentiable(opt, group, alike, lr)

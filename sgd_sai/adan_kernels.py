@@ -14,18 +14,18 @@ from torch import Tensor
 
 from sgd_sai.internals.chunks import (
     CACHE_CHUNK,
-    FP32_CHUNK,
     SINGLE_CORE_MAX,
     all_full_precision,
     as_real,
+    chunk_entries,
     chunks,
     in_float32,
 )
 
 from .internals.base import debias, decay_
-from .internals.rounding import random_bits, stochastic_round_
+from .internals.rounding import store_rounded
 from .internals.sharding import to_local
-from .kernels import Rounding
+from .kernels import Rounding, add_rounding_state
 
 # %% ../nbs/optimizers/adan_kernels.ipynb #5d97db51
 ADAN_STATE = ("exp_avg", "exp_avg_diff", "exp_avg_sq", "neg_pre_grad")  # m, v, n, and minus the last gradient
@@ -164,17 +164,6 @@ def step_adan_tensors(
 
 
 # %% ../nbs/optimizers/adan_kernels.ipynb #ca51ab9f
-def _store(stored: Tensor, exact: Tensor, stochastic: bool, key: tuple):
-    "Store `exact`, unless it is in its place already. Only bfloat16 is rounded stochastically."
-    if stored is exact:
-        return
-    if stochastic and stored.dtype == torch.bfloat16:
-        noise = random_bits(exact.numel(), *key, device=exact.device)
-        stochastic_round_(stored, exact.to(torch.float32), noise)
-    else:
-        stored.copy_(exact)
-
-
 def _step_chunk(step, chunk: tuple, rounding: Rounding, key: tuple, is_first: bool):
     "One step of the chunk (p, g, m, v, n, buffer), or (..., compensation); `is_first`: there is no last gradient."
     (p, g, m, v, n, buffer), residual = chunk[:6], chunk[6:]
@@ -185,8 +174,8 @@ def _step_chunk(step, chunk: tuple, rounding: Rounding, key: tuple, is_first: bo
     buffer_ = -g_ if is_first else buffer.to(wide)
     step(p_, g_, *averages, buffer_)
     for i, (stored, exact) in enumerate(zip((m, v, n, buffer), (*averages, buffer_), strict=True)):
-        _store(stored, exact, rounding.stochastic_m, (*key, i))
-    _store(p, p_, rounding.stochastic_p, (*key, 4))
+        store_rounded(stored, exact, rounding.stochastic_m, (*key, i))
+    store_rounded(p, p_, rounding.stochastic_p, (*key, 4))
     if residual:
         residual[0].copy_(p_ - p)
 
@@ -204,10 +193,9 @@ def step_adan_rounded(
     is_first = "neg_pre_grad" not in state
     if is_first:
         state["neg_pre_grad"] = torch.zeros_like(state["exp_avg"])
-    if rounding.kahan and "compensation" not in state:
-        state["compensation"] = torch.zeros_like(p, requires_grad=False)
+    add_rounding_state(state, p, rounding)
     keys = (*ADAN_STATE, "compensation") if rounding.kahan else ADAN_STATE
     tensors = [to_local(t) for t in (p, g, *(state[key] for key in keys))]
-    t, size = int(state["step"]), FP32_CHUNK if p.device.type == "cpu" else 16 * FP32_CHUNK
-    for k, chunk in enumerate(chunks(*tensors, size=size)):
+    t = int(state["step"])
+    for k, chunk in enumerate(chunks(*tensors, size=chunk_entries(p))):
         _step_chunk(partial(_step_tensor, **options), chunk, rounding, (t, position, k), is_first)

@@ -8,8 +8,10 @@ __all__ = [
     "sorted_parameters",
     "hidden_matrices",
     "group_of",
+    "groups_of",
     "muon_groups",
     "read_mark",
+    "warn_without_matrices",
     "as_muon_groups",
     "rate_of_others",
     "with_defaults",
@@ -72,19 +74,26 @@ def group_of(
     return group | role.settings
 
 
+def groups_of(
+    roles: list[ParameterRole],
+) -> list[dict]:  # not empty: 'params' (named), 'muon', 'role', layout; 'weight_decay' 0 for vectors
+    "Parameters whose roles are known, in groups for `MuonSaI`."
+    groups = {}
+    for role in sorted(roles, key=lambda r: ROLE_ORDER.index(r.role)):
+        group = group_of(role)
+        inputs = role.param.shape[1:] if role.role == "head" else None
+        groups.setdefault(repr((group, inputs)), {"params": []} | group)["params"].append((role.name, role.param))
+    return list(groups.values())
+
+
 def muon_groups(
     model: nn.Module,
     matrices: Callable | None = None,  # as in sorted_parameters
     roles=None,  # as in sorted_parameters
     by_head: bool = False,  # as in sorted_parameters
-) -> list[dict]:  # not empty: 'params' (named), 'muon', 'role', layout; 'weight_decay' 0 for vectors
-    "The parameters of a model that require gradients, in groups for `MuonSaI`."
-    groups = {}
-    for role in sorted(sorted_parameters(model, matrices, roles, by_head), key=lambda r: ROLE_ORDER.index(r.role)):
-        group = group_of(role)
-        inputs = role.param.shape[1:] if role.role == "head" else None
-        groups.setdefault(repr((group, inputs)), {"params": []} | group)["params"].append((role.name, role.param))
-    return list(groups.values())
+) -> list[dict]:  # as from groups_of
+    "The parameters of a model that require gradients, in groups for `MuonSaI`. Raises as `sorted_parameters` does."
+    return groups_of(sorted_parameters(model, matrices, roles, by_head))
 
 
 # %% ../nbs/optimizers/muon_groups.ipynb #f87b4a81
@@ -115,29 +124,34 @@ def read_mark(
 
 
 # %% ../nbs/optimizers/muon_groups.ipynb #6a14d2ae
-_TWO_WAYS = 'give it the model, or groups that say it, such as {"params": [...], "muon": True}'
-
-
-def _checked_groups(model: nn.Module, groups: list[dict], cls: str) -> list[dict]:
-    "The groups of a model, with a warning if it has no hidden matrix."
+def warn_without_matrices(
+    model: nn.Module,
+    groups: list[dict],  # of its parameters
+    cls: str,  # name of the optimizer
+):
+    "A warning if there is no group of hidden matrices."
     if groups and not any(group["muon"] for group in groups):
         warn_caller(
             f"{type(model).__name__} has no hidden matrix that requires a gradient, so {cls} runs without Muon; "
             "`roles=` says which parameters are hidden matrices"
         )
-    return groups
+
+
+# %% ../nbs/optimizers/muon_groups.ipynb #267981e0
+_TWO_WAYS = 'give it the model, or groups that say it, such as {"params": [...], "muon": True}'
 
 
 def as_muon_groups(
     params,  # a model, or parameter groups
     cls: str = "MuonSaI",  # in errors
-    **sorting,  # given a model: matrices, roles, by_head, as in muon_groups
 ) -> list[dict]:  # each with muon=True or False
     """Groups of a model, or the groups that were given, where one without a mark is none of matrices.
 
     Raises `TypeError` for parameters without groups, `ValueError` where no group is marked."""
     if isinstance(params, nn.Module):
-        return _checked_groups(params, muon_groups(params, **sorting), cls)
+        groups = muon_groups(params)
+        warn_without_matrices(params, groups, cls)
+        return groups
     if isinstance(params, torch.Tensor):
         return params  # PyTorch refuses it
     groups = list(params)

@@ -12,13 +12,20 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import _use_grad_for_differentiable
 
+from sgd_sai.muon_groups import (
+    as_muon_groups,
+    groups_of,
+    read_mark,
+    sorted_parameters,
+    warn_without_matrices,
+)
+
 from .init_scales import ParamsWithGrad, collect_grads
 from .internals.base import closure_loss
 from .internals.options import parse_option, parse_options, warn_caller
 from .internals.single_steps import SingleSteps
 from .kernels import step_groups
 from .muon_checks import check_step
-from .muon_groups import as_muon_groups, read_mark, sorted_parameters
 from .muon_layout import layout_of
 from .muon_options import NOT_OFFERED, check_muon_sai, complete_group, from_adam, regroup, rest_options
 from .muon_role_table import RoleRow, RoleTable
@@ -91,11 +98,11 @@ def _getstate(self: "MuonOptimizer") -> dict:  # what pickle and copies keep; pr
 
 def _setstate(self: "MuonOptimizer", state: dict):
     "As in PyTorch; what older versions have pickled had one rule for the rest."
-    older = state.pop("sgd_sai_defaults", None)
+    older = state.get("sgd_sai_defaults")
     if older is not None:
-        state["rest_options"] = {"rest": "sgd_sai"} | {
-            k: older[k] for k in ("lr", "lr_factor", "momentum") if k in older
-        }
+        given = {key: older[key] for key in ("lr", "lr_factor", "momentum") if key in older}
+        state = {key: value for key, value in state.items() if key != "sgd_sai_defaults"}
+        state["rest_options"] = {"rest": "sgd_sai"} | given
     ScaledOptimizer.__setstate__(self, state)
 
 
@@ -159,9 +166,14 @@ def _build(opt: "MuonOptimizer", params, process_group, settings: dict):
     vector = torch.empty(1, device="meta")
     for group in ({"muon": True}, {"muon": False}):
         check_muon_sai(defaults | complete_group(group, [vector], opt.rest_options))
-    roles = sorted_parameters(params, **sorting) if isinstance(params, nn.Module) else []
-    opt.reasons = {role.name: role.why for role in roles}
-    ScaledOptimizer.__init__(opt, as_muon_groups(params, **sorting), defaults)
+    opt.reasons = {}
+    if isinstance(params, nn.Module):
+        roles = sorted_parameters(params, **sorting)
+        opt.reasons, groups = {role.name: role.why for role in roles}, groups_of(roles)
+        warn_without_matrices(params, groups, "MuonSaI")
+    else:
+        groups = as_muon_groups(params)
+    ScaledOptimizer.__init__(opt, groups, defaults)
 
 
 # %% ../nbs/optimizers/muon_sai.ipynb #bf975c19

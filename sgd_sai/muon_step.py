@@ -14,11 +14,11 @@ from torch import Tensor
 
 from .init_scales import ParamsWithGrad
 from .internals.base import decay_, lr_of
-from .internals.chunks import FP32_CHUNK, chunks, in_float32
+from .internals.chunks import chunk_entries, chunks, in_float32
 from .internals.names import position_of_param
 from .internals.rounding import step_rounded, update_momentum
 from .internals.sharding import is_sharded, to_local
-from .kernels import Rounding, _rounding, add_rounding_state
+from .kernels import Rounding, add_rounding_state, rounding_of
 from .muon_layout import as_part, layout_of, matrix_parts, step_length
 from .muon_sharing import shared_factors
 from .orthogonalize import factor_dtype, orthogonalize_
@@ -49,18 +49,13 @@ def settings_of(
     return Settings(**given | {"layout": layout_of(group)})
 
 
-def _chunk(t: Tensor) -> int:
-    "Entries that are combined at a time on the device of `t`."
-    return FP32_CHUNK if t.device.type == "cpu" else 16 * FP32_CHUNK
-
-
 def _write_update(out: Tensor, g: Tensor, m: Tensor | None, mu: float):
     "Write mu*m + (1-mu)*g into `out`; without m, g as it is. Temporaries have the size of a chunk."
     if m is None:
         out.copy_(g)
         return
     wide = torch.promote_types(m.dtype, torch.float32)
-    for out_, g_, m_ in chunks(out, g, m, size=_chunk(out)):
+    for out_, g_, m_ in chunks(out, g, m, size=chunk_entries(out)):
         out_.copy_(g_.to(wide).lerp(m_.to(wide), mu))
 
 
@@ -92,7 +87,7 @@ def _stacks(params: list[Tensor], layout: WeightLayout):
 # %% ../nbs/optimizers/muon_step.ipynb #3676a80a
 def _add_scaled_(p: Tensor, factor: Tensor, step):
     "p += step * factor for tensors that may have different dtypes; `step` is a float or a 0-d tensor."
-    for p_, factor_ in chunks(p, factor, size=_chunk(p)):
+    for p_, factor_ in chunks(p, factor, size=chunk_entries(p)):
         if isinstance(step, Tensor):
             p_.addcmul_(factor_.to(p_.dtype), step.to(p_.device, p_.dtype))
         else:
@@ -222,12 +217,13 @@ class _Matrix(NamedTuple):
     @property
     def rounding(self) -> Rounding | None:
         "How parameter and momentum are rounded; None: to nearest."
-        return _rounding(self.group, self.p.dtype, self.state["momentum_buffer"].dtype)
+        return rounding_of(self.group, self.p.dtype, self.state["momentum_buffer"].dtype)
 
 
 # %% ../nbs/optimizers/muon_step.ipynb #375d37a7
-def _update_of(matrix: _Matrix) -> Tensor:
-    "Update the momentum of a parameter in the bits that it has; what the step is made of."
+def _update_in(matrices: list[_Matrix], index: int) -> Tensor:
+    "Update the momentum of the parameter at this index, in the bits that it has; what its step is made of."
+    matrix = matrices[index]
     rounding, settings = matrix.rounding, settings_of(matrix.group)
     if rounding is not None:
         add_rounding_state(matrix.state, matrix.p, rounding)
@@ -252,11 +248,6 @@ def _move(matrix: _Matrix, direction: Tensor):
         step_rounded(update, matrix.p, direction, matrix.state, matrix.position, **options)
 
 
-def _update_at(matrices: list[_Matrix], index: int) -> Tensor:
-    "The update of one of several parameters."
-    return _update_of(matrices[index])
-
-
 # %% ../nbs/optimizers/muon_step.ipynb #b69e7ea0
 def _cost(matrix: _Matrix) -> float:
     "What the orthogonal factors of a parameter cost: entries times the shorter side."
@@ -266,20 +257,18 @@ def _cost(matrix: _Matrix) -> float:
 
 def _step_with_updates(matrices: list[_Matrix], process_group):
     "Step parameters whose updates are tensors of their own; the processes that hold them share the work."
-    functions = {}
-    for matrix in matrices:
-        settings = settings_of(matrix.group)
-        functions.setdefault(settings, partial(directions, settings=settings))
-    wide = [torch.promote_types(matrix.p.dtype, torch.float32) for matrix in matrices]
-    for dtype in dict.fromkeys(wide):
-        alike = [matrix for matrix, own in zip(matrices, wide, strict=True) if own == dtype]
+    functions = {settings_of(m.group): partial(directions, settings=settings_of(m.group)) for m in matrices}
+    by_dtype = {}
+    for m in matrices:
+        by_dtype.setdefault(torch.promote_types(m.p.dtype, torch.float32), []).append(m)
+    for dtype, alike in by_dtype.items():
         results = shared_factors(
-            [matrix.p for matrix in alike],
-            [functions[settings_of(matrix.group)] for matrix in alike],
-            [_cost(matrix) for matrix in alike],
+            [m.p for m in alike],
+            [functions[settings_of(m.group)] for m in alike],
+            [_cost(m) for m in alike],
             process_group,
-            dtype,
-            partial(_update_at, alike),
+            factor_dtype=dtype,
+            update_of=partial(_update_in, alike),
         )
         for i, direction in results:
             _move(alike[i], direction)
@@ -298,12 +287,13 @@ def step_matrices(
     for group, entries in groups:
         if any(not state or "momentum_buffer" not in state for *_, state in entries):
             add_momenta(opt, group, entries)
-        matrices = [_Matrix(p, g, opt.state[p], group, opt) for p, g, _ in entries if p.numel()]
-        alone = [m for m in matrices if process_group is None and not is_sharded(m.p) and m.rounding is None]
+        alone = []
+        for matrix in [_Matrix(p, g, opt.state[p], group, opt) for p, g, _ in entries if p.numel()]:
+            is_alone = process_group is None and not is_sharded(matrix.p) and matrix.rounding is None
+            (alone if is_alone else others).append(matrix)
         if alone:
             columns = zip(*((m.p, m.g, m.state["momentum_buffer"]) for m in alone), strict=True)
             options = dict(lr=lr_of(group), weight_decay=group["weight_decay"], settings=settings_of(group))
             muon_step(*map(list, columns), **options)
-        others += [m for m in matrices if not any(m is other for other in alone)]
     if others:
         _step_with_updates(others, process_group)

@@ -13,13 +13,21 @@ from typing import Callable, NamedTuple
 import torch
 from torch import Tensor
 
+from sgd_sai.internals.chunks import (
+    all_full_precision,
+    as_real,
+    chunk_entries,
+    chunks,
+    in_float32,
+    is_quantized_subclass,
+)
+
 from .init_scales import ParamsWithGrad
 from .internals.base import BaseOptimizer, average_dtype, decay_, lr_of
-from .internals.chunks import all_full_precision, as_real, chunks, in_float32, is_quantized_subclass
 from .internals.rounding import step_rounded, update_momentum, zero_momentum
 from .internals.sharding import any_sharded, check_same_tensors, to_local
-from .kernels import Rounding, _add_, _are_ordinary, _batches, _rounding, add_rounding_state, check_entries
-from .rest_rows import Rows, chunk_entries, row_chunks, row_factors, row_norms
+from .kernels import Rounding, _add_, _are_ordinary, _batches, add_rounding_state, check_entries, rounding_of
+from .rest_rows import Rows, row_chunks, row_factors, row_norms
 from .rest_rules import ADAMS_BETA, dims_of_rows
 
 
@@ -272,7 +280,7 @@ def _step_group_elements(opt: BaseOptimizer, group: dict, entries: list):
     "One step of a group with an element-wise rule."
     settings = _settings(group)
     for (_, p_dtype, m_dtype), alike in _by_kind(opt, group, entries).items():
-        rounding = _rounding(group, p_dtype, m_dtype)
+        rounding = rounding_of(group, p_dtype, m_dtype)
         if rounding:
             _step_rounded_elements(opt, group["rest"], alike, rounding, settings)
             continue
@@ -287,7 +295,7 @@ def _row_entries(opt: BaseOptimizer, group: dict, entries: list) -> list[_RowEnt
     settings, measured_together = _settings(group), []
     layout = group.get("stacked", False), group.get("transposed", False)
     for (_, p_dtype, m_dtype), alike in _by_kind(opt, group, entries).items():
-        rounding = _rounding(group, p_dtype, m_dtype)
+        rounding = rounding_of(group, p_dtype, m_dtype)
         rows = [_RowEntry(p, g, m, dims_of_rows(p.ndim, *layout), settings) for p, g, m, _ in alike]
         if not rounding:
             measured_together += _step_small_vectors(rows, group["foreach"])

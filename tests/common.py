@@ -140,6 +140,12 @@ def through_state_dict(opt, params):
 each_travel = pytest.mark.parametrize("travel", [through_pickle, through_deepcopy, through_state_dict])
 
 
+MEMORY_FORMATS = {
+    "plain": lambda t: t,
+    "channels last": lambda t: t.to(memory_format=torch.channels_last),
+    "transposed": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
+}
+
 LAYOUTS = {  # of a 4-D parameter, and of its gradient
     "channels_last": (
         lambda t: t.contiguous(memory_format=torch.channels_last),

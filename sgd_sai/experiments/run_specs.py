@@ -108,8 +108,9 @@ def check_spec(spec: RunSpec):
     "Raise `UsageError` when the optimizer cannot be built with its hyperparameters, or not be used with the precision."
     if spec.precision not in PRECISIONS:
         raise unknown("precision", str(spec.precision), PRECISIONS)
+    three_layers = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))  # the one in the middle is a hidden matrix
     try:
-        opt = build_optimizer(spec.optimizer, nn.Linear(4, 4), spec.hyperparameters)
+        opt = build_optimizer(spec.optimizer, three_layers, spec.hyperparameters)
     except (UsageError, ImportError, OSError):
         raise
     except Exception as e:  # every class has its own way to refuse a value

@@ -9,6 +9,7 @@ __all__ = [
     "SINGLE_CORE_MAX",
     "is_dense",
     "same_layout",
+    "chunk_entries",
     "chunks",
     "in_float32",
     "all_full_precision",
@@ -50,6 +51,15 @@ def same_layout(*tensors: Tensor) -> bool:
 
 
 # %% ../../nbs/internals/chunks.ipynb #b03917d7
+def chunk_entries(
+    t: Tensor,  # on the device in question
+) -> int:
+    "Entries that are computed at a time: what stays in a core's cache; enough to keep a GPU busy; all when compiled."
+    if torch.compiler.is_compiling():
+        return max(1, t.numel())
+    return FP32_CHUNK if t.device.type == "cpu" else 16 * FP32_CHUNK
+
+
 def chunks(
     *tensors: Tensor,  # same shape
     size: int = CACHE_CHUNK,  # entries of a chunk

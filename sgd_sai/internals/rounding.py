@@ -14,6 +14,7 @@ __all__ = [
     "init_momentum",
     "zero_momentum",
     "decode_momentum",
+    "store_rounded",
     "step_rounded",
     "update_momentum",
 ]
@@ -24,7 +25,7 @@ from typing import Callable
 import torch
 from torch import Tensor
 
-from .chunks import FP32_CHUNK, chunks, is_quantized_subclass, same_layout
+from .chunks import FP32_CHUNK, chunk_entries, chunks, is_quantized_subclass, same_layout
 from .sharding import holds_numbers, to_local
 
 # %% ../../nbs/internals/rounding.ipynb #8026474d
@@ -172,7 +173,12 @@ def decode_momentum(
 
 
 # %% ../../nbs/internals/rounding.ipynb #99abd2da
-def _store(stored: Tensor, exact: Tensor, stochastic: bool, key: tuple):
+def store_rounded(
+    stored: Tensor,  # overwritten
+    exact: Tensor,  # what is to be stored, same shape; its contents may be lost
+    stochastic: bool,  # round stochastically, where `stored` is bfloat16; False: to nearest
+    key: tuple,  # of the noise, as in random_bits
+):
     "Store `exact`, unless it is in its place already. Only bfloat16 is rounded stochastically."
     if stored is exact:
         return
@@ -185,7 +191,7 @@ def _store(stored: Tensor, exact: Tensor, stochastic: bool, key: tuple):
 def _store_momentum(m: Tensor, exact: Tensor, absmax: Tensor | None, stochastic: bool, key: tuple):
     "Store the momentum `exact` in `m`: as codes of eight bits where there is `absmax`."
     if absmax is None:
-        _store(m, exact, stochastic, key)
+        store_rounded(m, exact, stochastic, key)
     else:
         random = random_bits(m.numel(), *key, device=m.device) if stochastic else None
         encode_(m, absmax, exact.to(torch.float32), random)
@@ -201,7 +207,7 @@ def _step_chunk(step, p, g, m, kahan_residual, absmax, *, key, stochastic_p, sto
     step(p_, g_, m_)
     if m is not None:
         _store_momentum(m, m_, absmax, stochastic_m, (*key, 0))
-    _store(p, p_, stochastic_p, (*key, 1))
+    store_rounded(p, p_, stochastic_p, (*key, 1))
     if kahan_residual is not None:
         kahan_residual.copy_(p_ - p)
 
@@ -213,11 +219,6 @@ def _cut(tensors: list[Tensor], absmax: Tensor | None, size: int):
         return ((chunk, None) for chunk in chunks(*tensors, size=size))
     flat = (map(_flat, chunk) for chunk in chunks(*tensors, size=size))
     return zip(flat, absmax.split(size // BLOCK), strict=True)
-
-
-def _chunk_size(p: Tensor) -> int:
-    "Entries that are computed at a time on the device of `p`."
-    return FP32_CHUNK if p.device.type == "cpu" else 16 * FP32_CHUNK
 
 
 def step_rounded(
@@ -237,7 +238,7 @@ def step_rounded(
         t = state["step"] = t + 1
     stored = [to_local(x) for x in (p, g, m, kahan_residual) if x is not None]
     used = stored if absmax is None else [as_layout(x, m) for x in stored]
-    for k, (chunk, absmax_) in enumerate(_cut(used, absmax, _chunk_size(p))):
+    for k, (chunk, absmax_) in enumerate(_cut(used, absmax, chunk_entries(p))):
         p_, g_, *others = chunk
         m_ = others[0] if m is not None else None
         residual_ = others[-1] if kahan_residual is not None else None
@@ -262,7 +263,7 @@ def update_momentum(
     whole = torch.empty_like(m, dtype=torch.promote_types(g.dtype, torch.float32), requires_grad=False)
     g, m, u = to_local(g), to_local(m), to_local(whole)
     columns = [u, g, m] if absmax is None else [u, as_layout(g, m), m]
-    for k, ((u_, g_, m_), absmax_) in enumerate(_cut(columns, absmax, _chunk_size(m))):
+    for k, ((u_, g_, m_), absmax_) in enumerate(_cut(columns, absmax, chunk_entries(m))):
         g_ = g_.to(u_.dtype)
         exact = u_.copy_(m_ if absmax is None else decode(m_, absmax_)).lerp_(g_, 1 - mu)
         _store_momentum(m_, exact.clone(), absmax_, stochastic, (None if t is None else t + 1, position, k, 0))

@@ -6,11 +6,10 @@ import itertools
 
 import pytest
 import torch
+from common import MEMORY_FORMATS, param, steps, twin
 from common import noise as gradients
-from common import param, steps, twin
 from torch import nn
 
-from sgd_sai import adan_kernels
 from sgd_sai.adan import Adan, adan_reference
 from sgd_sai.adan_kernels import ADAN_STATE
 from sgd_sai.benchmarks.measuring import allocated_peak
@@ -32,17 +31,12 @@ FORMS = {  # dtype of the parameter, options
     "float64, bf16 state": (torch.float64, dict(state_dtype=BF16)),
 }
 each_form = pytest.mark.parametrize("dtype, kw", FORMS.values(), ids=FORMS)
-LAYOUTS = {
-    "plain": lambda t: t,
-    "channels last": lambda t: t.to(memory_format=torch.channels_last),
-    "transposed": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
-}
 
 
 @each_form
-@pytest.mark.parametrize("layouts", list(itertools.product(LAYOUTS, LAYOUTS)), ids="-".join)
+@pytest.mark.parametrize("layouts", list(itertools.product(MEMORY_FORMATS, repeat=2)), ids="-".join)
 def test_close_to_the_reference_whatever_the_memory_layout(dtype, kw, layouts):
-    p_layout, g_layout = (LAYOUTS[name] for name in layouts)
+    p_layout, g_layout = (MEMORY_FORMATS[name] for name in layouts)
     p = nn.Parameter(p_layout(torch.randn(40, 12, 3, 3).to(dtype)))
     start = p.detach().double().clone()
     exact, state = start, {}
@@ -69,7 +63,6 @@ def test_many_chunks_give_what_one_chunk_gives(dtype, kw, monkeypatch):
     whole = param(300, 70, dtype=dtype)
     cut, gs = twin(whole), gradients(whole, 5)
     steps(Adan([whole], **kw), [whole], *([g] for g in gs))
-    monkeypatch.setattr(adan_kernels, "FP32_CHUNK", 1024)
     monkeypatch.setattr("sgd_sai.internals.chunks.FP32_CHUNK", 1024)
     steps(Adan([cut], **kw), [cut], *([g] for g in gs))
     torch.testing.assert_close(whole, cut, rtol=0, atol=0)
@@ -216,14 +209,15 @@ def test_replicas_stay_equal_and_the_generator_is_left_alone(dtype, kw):
 
 
 def test_noise_differs_by_parameter_entry_chunk_and_step(monkeypatch):
-    monkeypatch.setattr(adan_kernels, "FP32_CHUNK", 512)
+    monkeypatch.setattr("sgd_sai.internals.chunks.FP32_CHUNK", 512)
     keys = []
 
     def noted(n, *key, device):
         keys.append(key)
-        return rounding_module.random_bits(n, *key, device=device)
+        return random_bits(n, *key, device=device)
 
-    monkeypatch.setattr(adan_kernels, "random_bits", noted)
+    random_bits = rounding_module.random_bits
+    monkeypatch.setattr(rounding_module, "random_bits", noted)
     params = [param(32, 32, dtype=BF16) for _ in range(2)]
     opt = Adan(params, rounding="stochastic")
     steps(opt, params, *[[torch.randn(32, 32).bfloat16() for _ in params]] * 3)
@@ -281,7 +275,7 @@ def test_capturable_steps_round_to_nearest(monkeypatch):
 
     p = param(30, 30)
     q, gs = twin(p), gradients(p, 5)
-    monkeypatch.setattr(adan_kernels, "random_bits", drawn)
+    monkeypatch.setattr(rounding_module, "random_bits", drawn)
     steps(Adan([p], state_dtype=BF16, capturable=True), [p], *([g] for g in gs))
     steps(Adan([q], state_dtype=BF16, rounding="nearest"), [q], *([g] for g in gs))
     torch.testing.assert_close(p, q)

@@ -7,8 +7,8 @@ import math
 
 import pytest
 import torch
+from common import MEMORY_FORMATS, param, steps, twin
 from common import noise as gradients
-from common import param, steps, twin
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -144,17 +144,10 @@ def test_blocks_of_zeros_and_blocks_that_are_not_finite():
     assert not read[BLOCK : 2 * BLOCK].isfinite().any() and read[2 * BLOCK : 3 * BLOCK].isnan().all()
 
 
-LAYOUTS = {
-    "plain": lambda t: t,
-    "channels last": lambda t: t.to(memory_format=torch.channels_last),
-    "transposed": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
-}
-
-
 @each_form
-@pytest.mark.parametrize("layouts", list(itertools.product(LAYOUTS, LAYOUTS)), ids="-".join)
+@pytest.mark.parametrize("layouts", list(itertools.product(MEMORY_FORMATS, repeat=2)), ids="-".join)
 def test_close_to_float32_whatever_the_memory_layout(dtype, kw, layouts):
-    p_layout, g_layout = (LAYOUTS[name] for name in layouts)
+    p_layout, g_layout = (MEMORY_FORMATS[name] for name in layouts)
     p = nn.Parameter(p_layout(torch.randn(40, 12, 3, 3).to(dtype)))
     exact, state = p.detach().double(), {}
     own = {key: value for key, value in kw.items() if key in ("momentum", "nesterov", "maximize")}
@@ -182,6 +175,7 @@ def test_many_chunks_give_what_one_chunk_gives(dtype, kw, monkeypatch):
     gs = gradients(whole, 5)
     steps(SGDSaI([whole], **kw), [whole], *([g] for g in gs))
     monkeypatch.setattr(rounding_module, "FP32_CHUNK", 1024)
+    monkeypatch.setattr("sgd_sai.internals.chunks.FP32_CHUNK", 1024)
     steps(SGDSaI([cut], **kw), [cut], *([g] for g in gs))
     assert torch.equal(whole, cut)
 

@@ -9,7 +9,8 @@ from common import LAYOUTS, param, peak_of_new_memory, steps, twin
 from rest_optimizer import RULES, RestOptimizer, reference_steps, with_absent_rows
 from torch import nn
 
-from sgd_sai import rest_kernels, rest_rows
+from sgd_sai import rest_kernels
+from sgd_sai.internals import chunks as chunks_module
 from sgd_sai.internals import rounding as rounding_module
 from sgd_sai.internals.rounding import decode_momentum, step_rounded, update_momentum, zero_momentum
 
@@ -22,7 +23,7 @@ each_rule = pytest.mark.parametrize("rest, nesterov", RULES)
 @pytest.fixture
 def small_chunks(monkeypatch):
     "Chunks of which the tensors of the tests have many."
-    monkeypatch.setattr(rest_rows, "FP32_CHUNK", 500)
+    monkeypatch.setattr(chunks_module, "FP32_CHUNK", 512)
     monkeypatch.setattr(rounding_module, "FP32_CHUNK", 512)
 
 
@@ -236,7 +237,7 @@ def test_a_step_allocates_a_few_chunks(rest, nesterov, foreach, transposed):
     opt.step()
     peak = peak_of_new_memory(opt.step)
     rows = 16 * (2000 if transposed else 3000) * 4
-    assert peak <= 2.1 * 4 * rest_rows.FP32_CHUNK + rows < 0.05 * 4 * sum(p.numel() for p in params)
+    assert peak <= 2.1 * 4 * chunks_module.FP32_CHUNK + rows < 0.05 * 4 * sum(p.numel() for p in params)
 
 
 @each_rule
@@ -245,7 +246,7 @@ def test_a_sixteen_bit_step_allocates_a_few_chunks(rest, nesterov):
     p.grad = torch.randn_like(p)
     opt = RestOptimizer([p], rest=rest, nesterov=nesterov)
     opt.step()
-    assert peak_of_new_memory(opt.step) <= 6.1 * 4 * rest_rows.FP32_CHUNK + 16 * 3000 * 4
+    assert peak_of_new_memory(opt.step) <= 6.1 * 4 * chunks_module.FP32_CHUNK + 16 * 3000 * 4
 
 
 def test_gradients_are_left_alone_and_all_groups_step():

@@ -157,6 +157,7 @@ LAYOUTS = {  # of the parameter, and of its gradient
 def test_parameter_and_compensation_hold_the_exact_step(p_dtype, state_dtype, layout, nesterov, monkeypatch):
     "Kahan's compensation is what rounding takes from the parameter, whatever its momentum is stored in."
     monkeypatch.setattr(rounding, "FP32_CHUNK", 1024)
+    monkeypatch.setattr("sgd_sai.internals.chunks.FP32_CHUNK", 1024)
     p = nn.Parameter(layout[0](torch.randn(10, 12, 5, 4).to(p_dtype)))
     opt = SGDSaI([p], lr=1e-3, rounding="kahan", state_dtype=state_dtype, nesterov=nesterov)
     coarse = torch.finfo(p_dtype).eps
@@ -216,6 +217,7 @@ def test_nothing_shares_its_noise(monkeypatch):
     "Chunks, steps, parameters, and a parameter and its momentum: values that are alike are rounded differently."
     n = 2048
     monkeypatch.setattr(rounding, "FP32_CHUNK", n)
+    monkeypatch.setattr("sgd_sai.internals.chunks.FP32_CHUNK", n)
     x = 1 + torch.rand(n) * 2**-7  # between 1 and the next bfloat16
     p, m = (torch.zeros(2 * n, dtype=BF16) for _ in range(2))
     first, momentum = noisy_step(p, m, x)
@@ -238,6 +240,7 @@ def test_nothing_shares_its_noise(monkeypatch):
 def test_chunks_of_eight_bits_do_not_share_their_noise(monkeypatch):
     n = 8 * BLOCK
     monkeypatch.setattr(rounding, "FP32_CHUNK", n)
+    monkeypatch.setattr("sgd_sai.internals.chunks.FP32_CHUNK", n)
     p = nn.Parameter(torch.zeros(2 * n))
     opt = SGDSaI([p], lr=0.0, state_dtype=INT8)
     steps(opt, [p], *([torch.randn(n).repeat(2)] for _ in range(3)))

@@ -482,3 +482,11 @@ def test_an_empty_environment_variable_is_none(monkeypatch):
     "What a shell leaves behind is no setting."
     monkeypatch.setenv("SGD_SAI_PLUGINS", os.pathsep)
     assert cli("tasks").exit_code == 0
+
+
+@pytest.mark.parametrize("name", ["muon_sai", "muon_sai:sign", "muon_adamw"])
+def test_good_settings_of_muon_are_checked_without_a_warning(name):
+    spec = make_spec(TASK, DATA, name, lr=0.02)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_spec(spec)

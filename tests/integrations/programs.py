@@ -34,6 +34,36 @@ class Net(nn.Module):
         return {"loss": cross_entropy(self.head(h).flatten(0, 1), labels.flatten())}
 
 
+TRAINER = dict(  # arguments of a Trainer that trains this model and says nothing
+    per_device_train_batch_size=BATCH,
+    max_steps=STEPS,
+    save_steps=RESUME,
+    lr_scheduler_type="linear",
+    report_to="none",
+    use_cpu=True,
+    disable_tqdm=True,
+    dataloader_pin_memory=False,
+    logging_strategy="no",
+)
+
+
+def lightning_module(lightning):
+    "The model as a class for Lightning, without an optimizer."
+
+    class Module(lightning.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = Net()
+
+        def training_step(self, given, index):
+            return self.net(*batch(self.global_step))["loss"]
+
+        def train_dataloader(self):
+            return torch.utils.data.DataLoader(range(STEPS))
+
+    return Module
+
+
 def batch(step):
     "Words, (BATCH, 6), and the words that they are to be mapped to."
     x = torch.randint(WORDS, (BATCH, 6), generator=torch.Generator().manual_seed(step))

@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from programs import SETTINGS, STEPS, Net, assert_same, batch, plain
+from programs import SETTINGS, STEPS, Net, assert_same, batch, lightning_module, plain
 
 from sgd_sai import AdaHessian, Adan, MuonSaI, SGDSaI
 
@@ -20,16 +20,7 @@ def run(tmp_path):
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.ERROR)
 
-    class Module(lightning.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.net = Net()
-
-        def training_step(self, given, index):
-            return self.net(*batch(self.global_step))["loss"]
-
-        def train_dataloader(self):
-            return torch.utils.data.DataLoader(range(STEPS))
+    Module = lightning_module(lightning)
 
     class Curved(Module):
         def backward(self, loss):

@@ -6,7 +6,21 @@ import logging
 
 import pytest
 import torch
-from programs import BATCH, RESUME, STEPS, WORDS, Net, assert_same, batch, items, names_by, plain, train, trainable
+from programs import (
+    RESUME,
+    STEPS,
+    TRAINER,
+    WORDS,
+    Net,
+    assert_same,
+    batch,
+    items,
+    lightning_module,
+    names_by,
+    plain,
+    train,
+    trainable,
+)
 
 from sgd_sai import MuonSaI
 
@@ -24,18 +38,10 @@ def test_trainer_gives_all_options_to_the_factory(tmp_path):
     def loop(model):
         arguments = transformers.TrainingArguments(
             str(tmp_path),
-            per_device_train_batch_size=BATCH,
-            max_steps=STEPS,
-            save_steps=RESUME,
             learning_rate=0.3,
             weight_decay=0.3,
-            lr_scheduler_type="linear",
             max_grad_norm=0,
-            report_to="none",
-            use_cpu=True,
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
-            logging_strategy="no",
+            **TRAINER,
         )
         way = (lambda: MuonSaI, dict(OPTIONS))
         return Ordered(model, arguments, train_dataset=items(), optimizer_cls_and_kwargs=way)
@@ -67,17 +73,7 @@ def test_lightning_takes_it_from_configure_optimizers(tmp_path):
     def falling(opt):
         return torch.optim.lr_scheduler.LambdaLR(opt, lambda step: 1 / (1 + step))
 
-    class Module(lightning.LightningModule):
-        def __init__(self):
-            super().__init__()
-            self.net = Net()
-
-        def training_step(self, given, index):
-            return self.net(*batch(self.global_step))["loss"]
-
-        def train_dataloader(self):
-            return torch.utils.data.DataLoader(range(STEPS))
-
+    class Module(lightning_module(lightning)):
         def configure_optimizers(self):
             opt = MuonSaI(self.net, **OPTIONS)
             return {"optimizer": opt, "lr_scheduler": {"scheduler": falling(opt), "interval": "step"}}

@@ -4,12 +4,12 @@ subclass with `create_optimizer`. In each it trains as the plain loop does, and 
 import pytest
 import torch
 from programs import (
-    BATCH,
     DECAYED,
     HIDDEN,
     RESUME,
     SETTINGS,
     STEPS,
+    TRAINER,
     Net,
     assert_same,
     build,
@@ -48,19 +48,7 @@ def trainer(transformers, tmp_path):
     def make(cls, model, mixin=object, arguments=None, **more):
         base = Curved if cls is AdaHessian else Ordered
         kind = type("Made", (mixin, base) if mixin is not object else (base,), {})
-        settings = dict(
-            per_device_train_batch_size=BATCH,
-            max_steps=STEPS,
-            save_steps=RESUME,
-            weight_decay=0.1,
-            lr_scheduler_type="linear",
-            warmup_steps=2,
-            report_to="none",
-            use_cpu=True,
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
-            logging_strategy="no",
-        )
+        settings = TRAINER | dict(weight_decay=0.1, warmup_steps=2)
         made = transformers.TrainingArguments(str(tmp_path), **settings | (arguments or {}))
         return kind(model, made, train_dataset=items(), **more)
 
