@@ -477,3 +477,29 @@ def test_each_role_has_a_group_and_vectors_do_not_decay():
         (False, "head", None),
         (False, "vector", 0.0),
     ]
+
+
+def test_a_pickle_of_an_older_version_keeps_the_rate_and_the_momentum_of_its_rest():
+    opt = MuonSaI(net(), lr=0.02, rest_lr=0.1, rest_momentum=0.7)
+    state = {key: value for key, value in opt.__getstate__().items() if key not in ("rest_options", "reasons")}
+    state["sgd_sai_defaults"] = {"lr_factor": 5.0, "muon": False, "momentum": 0.7, "nesterov": False}
+    given, older = dict(state), MuonSaI.__new__(MuonSaI)
+    older.__setstate__(state)
+    assert state == given  # what was given is left alone
+    older.add_param_group({"params": [("more", vector())], "muon": False})
+    assert rates(older)[-1] == pytest.approx(0.1) and older.param_groups[-1]["momentum"] == 0.7
+    assert older.param_groups[-1]["rest"] == "sgd_sai" and older.role_table()[-1].why == "its group says so"
+
+
+def test_a_checkpoint_of_an_older_version_whose_groups_do_not_fit_is_refused():
+    model = net()
+    opt = MuonSaI(model)
+    old = as_older_versions_wrote_it(opt.state_dict())
+    names = [group["param_names"] for group in old["param_groups"]]
+    names[0][0], names[2][0] = names[2][0], names[0][0]  # a matrix among the vectors, a vector among the matrices
+    before = copy.deepcopy(opt.param_groups)
+    with pytest.raises(
+        ValueError, match="older version of MuonSaI, which sorted .* apart: give the optimizer the groups"
+    ):
+        opt.load_state_dict(old)
+    assert not opt.state and [group["param_names"] for group in opt.param_groups] == [g["param_names"] for g in before]

@@ -341,3 +341,34 @@ def test_large_parameters_that_are_no_matrices_go_through_the_fused_kernel_at_th
     for end in ends[1:]:
         torch.testing.assert_close(end, ends[0])
     assert (ends[0] - start).abs().max() > 1e-3
+
+
+# --- few bits -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("maximize", [True, False])
+@pytest.mark.parametrize(
+    "dtype, settings, allowed",
+    [
+        (torch.bfloat16, dict(rounding="kahan", state_dtype=torch.float32), 1e-4),
+        (torch.bfloat16, dict(rounding="stochastic", state_dtype=torch.float32), 0.02),
+        (torch.float32, dict(state_dtype=torch.bfloat16), 1e-3),
+        (torch.float32, dict(state_dtype=torch.int8), 5e-3),
+    ],
+    ids=str,
+)
+def test_matrices_in_few_bits_follow_those_in_float32(dtype, settings, allowed, maximize):
+    start = torch.randn(24, 16).to(dtype)
+    narrow, wide = nn.Parameter(start.clone()), nn.Parameter(start.float().clone())
+    common = dict(lr=0.02, weight_decay=2.0, maximize=maximize)
+    opts = [MuonSaI([{"params": [narrow], "muon": True}], **common, **settings)]
+    opts.append(MuonSaI([{"params": [wide], "muon": True}], **common))
+    for _ in range(15):
+        narrow.grad = (torch.randn(24, 16) + 0.3).to(dtype)
+        wide.grad = narrow.grad.float()
+        for opt in opts:
+            opt.step()
+    residual = opts[0].state[narrow].get("compensation", torch.zeros(()))
+    end = narrow.detach().float() + residual.float()
+    assert (end - wide).norm() < allowed * (wide - start.float()).norm()
+    assert (wide - start.float()).norm() > 1
