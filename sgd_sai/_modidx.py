@@ -1238,6 +1238,9 @@ d = {
                 "sgd_sai/cli/train_commands.py",
             ),
         },
+        "sgd_sai.experiments.adams": {
+            "sgd_sai.experiments.adams.adams": ("experiments/adams.html#adams", "sgd_sai/experiments/adams.py")
+        },
         "sgd_sai.experiments.attempts": {
             "sgd_sai.experiments.attempts.Job": ("experiments/attempts.html#job", "sgd_sai/experiments/attempts.py"),
             "sgd_sai.experiments.attempts.Outcome": (
@@ -1799,6 +1802,28 @@ d = {
                 "sgd_sai/experiments/progress.py",
             ),
         },
+        "sgd_sai.experiments.random_search": {
+            "sgd_sai.experiments.random_search._bounds": (
+                "experiments/random_search.html#_bounds",
+                "sgd_sai/experiments/random_search.py",
+            ),
+            "sgd_sai.experiments.random_search._rounded": (
+                "experiments/random_search.html#_rounded",
+                "sgd_sai/experiments/random_search.py",
+            ),
+            "sgd_sai.experiments.random_search._setting": (
+                "experiments/random_search.html#_setting",
+                "sgd_sai/experiments/random_search.py",
+            ),
+            "sgd_sai.experiments.random_search.draw_settings": (
+                "experiments/random_search.html#draw_settings",
+                "sgd_sai/experiments/random_search.py",
+            ),
+            "sgd_sai.experiments.random_search.read_ranges": (
+                "experiments/random_search.html#read_ranges",
+                "sgd_sai/experiments/random_search.py",
+            ),
+        },
         "sgd_sai.experiments.repeat": {
             "sgd_sai.experiments.repeat._threads": (
                 "experiments/repeat.html#_threads",
@@ -2125,8 +2150,8 @@ d = {
                 "experiments/sweep.html#sweep.__post_init__",
                 "sgd_sai/experiments/sweep.py",
             ),
-            "sgd_sai.experiments.sweep._best_setting": (
-                "experiments/sweep.html#_best_setting",
+            "sgd_sai.experiments.sweep._best_of_ranks": (
+                "experiments/sweep.html#_best_of_ranks",
                 "sgd_sai/experiments/sweep.py",
             ),
             "sgd_sai.experiments.sweep._check_best_of": (

@@ -45,6 +45,7 @@ TRAINING_NAMES = (
     "muon_sai:adams",
     "muon_sai:scion",
     "muon_adamw",
+    "adams",
     "adam_mini",
     "authors",
 )

@@ -28,6 +28,7 @@ from ..internals.figure_style import ACCENT, MUTED
 from ..muon_sai import MuonSaI
 from ..sgd_sai import SGDSaI
 from . import state_rules as rules
+from .adams import adams
 from .optimizer_entry import Later, OptimizerEntry, StepBenchmark, Traffic, variant
 from .peers import adam_mini_settings, authors_sgd_sai, po_optimizer
 
@@ -335,6 +336,16 @@ ENTRIES += [
 # %% ../../nbs/experiments/optimizer_entries.ipynb #83c01460
 ENTRIES += [
     _po("Lion", color="#4D7C0F", state=rules.per_parameter(["exp_avg"]), **_STATE),
+    _po("SignSGD", label="Signum", color="#A3A30D", state=rules.per_parameter(["momentum_buffer"]), **_STATE),
+    _po("SCION", label="Scion", color="#78350F", state=rules.per_parameter(["d"]), **_STATE),
+    OptimizerEntry(
+        "adams",
+        adams,
+        "AdamS",
+        "#0EA5E9",
+        state=rules.per_parameter(["momentum_buffer"]),
+        uses=("training", "state"),
+    ),
     _po(
         "Prodigy",
         color="#0369A1",

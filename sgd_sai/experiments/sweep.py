@@ -20,6 +20,7 @@ from .engines import Job, train_all
 from .errors import UsageError, unknown
 from .processes import broadcast, is_main, main_first
 from .progress import no_progress
+from .random_search import draw_settings, read_ranges
 from .run_specs import check_run_count, check_spec, epoch_steps, run_cost, spec_with
 from .runs import RunSpec, check_writable, load_run, remove_partial_files
 from .tasks.registry import get_task
@@ -36,7 +37,7 @@ class Sweep:
 
     task: str  # name of the task
     optimizers: list  # registry names
-    seeds: int = 3  # runs per setting, with seeds 0, 1, ...
+    seeds: int = 3  # runs per setting
     epochs: list | None = None  # length of a run: number or list
     steps: list | None = None  # the same in steps; neither: the task's own
     batch_size: list | None = None  # items per step: number or list; None: the task's own
@@ -44,7 +45,11 @@ class Sweep:
     lr_rule: str | dict = "none"  # how lr follows the batch size, see LR_RULES; or optimizer -> rule
     lr_factor: list = field(default_factory=lambda: [1])  # lr is multiplied by: number or list
     grid: dict = field(default_factory=dict)  # optimizer -> hyperparameter -> value or list, null: the default
-    best_of: "Sweep|None" = None  # a sweep (in a file: its file) in which each optimizer has its best setting
+    random: dict = field(default_factory=dict)  # optimizer -> hyperparameter -> [low, high], see random_search
+    cells: int = 8  # settings that are drawn for each optimizer in `random`
+    best_of: "Sweep|None" = None  # a sweep (in a file: its file) in which each optimizer has its best settings
+    top: int = 1  # so many of them
+    first_seed: int = 0  # seeds are first_seed, first_seed + 1, ...
 
     def __post_init__(self):
         self.optimizers = _names(self.optimizers)
@@ -60,6 +65,8 @@ class Sweep:
         _check_names("lr_rule", self.lr_rule, self.optimizers)
         _check_names("grid", self.grid, self.optimizers)
         self.grid = {name: _lists(name, values) for name, values in self.grid.items()}
+        _check_names("random", self.random, self.optimizers)
+        self.random = {name: read_ranges(name, ranges) for name, ranges in self.random.items()}
         if self.best_of:
             _check_best_of(self)
 
@@ -113,8 +120,9 @@ def _check_kinds(sweep: Sweep):
     "Raise `UsageError` for a task that is no name and a grid that is no mapping."
     if not isinstance(sweep.task, str) or not sweep.task:
         raise UsageError(f"task: {sweep.task!r} is not the name of a task")
-    if not isinstance(sweep.grid, dict):
-        raise UsageError(f"grid: {sweep.grid!r} is not a mapping of optimizers to hyperparameters")
+    for key in ("grid", "random"):
+        if not isinstance(getattr(sweep, key), dict):
+            raise UsageError(f"{key}: {getattr(sweep, key)!r} is not a mapping of optimizers to hyperparameters")
 
 
 def _check_numbers(sweep: Sweep):
@@ -124,9 +132,13 @@ def _check_numbers(sweep: Sweep):
     for key, integer in dict(epochs=False, steps=True, batch_size=True, lr_factor=False).items():
         if getattr(sweep, key) is not None:
             setattr(sweep, key, _numbers(key, getattr(sweep, key), integer))
-    if isinstance(sweep.seeds, list):
-        raise UsageError("seeds is the number of seeds")
-    (sweep.seeds,) = _numbers("seeds", sweep.seeds, True)
+    for key in ("seeds", "cells", "top"):
+        if isinstance(getattr(sweep, key), list):
+            raise UsageError(f"{key} is the number of {key}")
+        setattr(sweep, key, *_numbers(key, getattr(sweep, key), True))
+    first = sweep.first_seed
+    if isinstance(first, bool) or not isinstance(first, int) or first < 0:
+        raise UsageError(f"first_seed: {first!r} is not a whole number from 0")
 
 
 def _check_names(what: str, names, optimizers: list):
@@ -140,7 +152,7 @@ def _check_best_of(sweep: Sweep):
     "Raise `UsageError` when the best settings cannot come from the sweep that is named."
     if not isinstance(sweep.best_of, Sweep):
         raise UsageError(f"best_of: {sweep.best_of!r} is no sweep")
-    if sweep.grid:
+    if sweep.grid or sweep.random:
         raise UsageError("a sweep has a grid or best_of, not both")
     if sweep.best_of.task != sweep.task:
         raise UsageError(f"best_of is a sweep of {sweep.best_of.task}, not of {sweep.task}")
@@ -210,8 +222,13 @@ def _grid_points(lists: dict[str, list]) -> list[dict]:
 def _points(sweep: Sweep, data: Data, folder) -> dict[str, list[dict]]:
     "Optimizer -> hyperparameters to train with."
     if sweep.best_of:
-        return {name: [best] for name, best in best_settings(sweep.best_of, data, folder).items()}
-    return {name: _grid_points(sweep.grid.get(name, {})) for name in sweep.optimizers}
+        return best_settings(sweep.best_of, data, folder, sweep.top)
+    points = {}
+    for name in sweep.optimizers:
+        drawn = draw_settings(sweep.random[name], sweep.cells) if name in sweep.random else [{}]
+        fixed = _grid_points(sweep.grid.get(name, {}))
+        points[name] = [values | draw for draw, values in itertools.product(drawn, fixed)]
+    return points
 
 
 def _lengths(sweep: Sweep, task: Task, data: Data, batch_size: int) -> list[int]:
@@ -223,9 +240,12 @@ def _lengths(sweep: Sweep, task: Task, data: Data, batch_size: int) -> list[int]
 
 def _check_size(sweep: Sweep, sizes: int):
     "Raise `UsageError` for more runs than can be meant, before they are listed."
-    cells = [math.prod(map(len, sweep.grid.get(name, {}).values())) for name in sweep.optimizers]
+    cells = 0
+    for name in sweep.optimizers:
+        drawn = sweep.cells if name in sweep.random else 1
+        cells += drawn * math.prod(map(len, sweep.grid.get(name, {}).values()))
     lengths = len(sweep.epochs or sweep.steps or [0])
-    check_run_count(sum(cells) * sizes * len(sweep.lr_factor) * lengths * sweep.seeds)
+    check_run_count(cells * sweep.top * sizes * len(sweep.lr_factor) * lengths * sweep.seeds)
 
 
 # %% ../../nbs/experiments/sweep.ipynb #49f10390
@@ -240,14 +260,15 @@ def expand(
     sizes = sweep.batch_size or [task.batch_size]
     _check_size(sweep, len(sizes))
     points = _points(sweep, data, folder)
+    seeds = range(sweep.first_seed, sweep.first_seed + sweep.seeds)
     for name, size, lr_factor in itertools.product(sweep.optimizers, sizes, sweep.lr_factor):
         factor = lr_factor * (size / task.batch_size) ** LR_RULES[sweep.lr_rule.get(name, "none")]
         lengths = _lengths(sweep, task, data, size)
-        for point, steps, seed in itertools.product(points[name], lengths, range(sweep.seeds)):
+        for point, steps, seed in itertools.product(points[name], lengths, seeds):
             changes = _with_lr_times(task, name, point, factor)
             specs.append(spec_with(task, data, name, changes, seed, steps, sweep.precision, size))
     for spec in specs:
-        if check and not spec.seed:
+        if check and spec.seed == sweep.first_seed:
             check_spec(spec)  # the others differ from one of these by their seed
     specs.sort(key=lambda spec: (spec.seed, -run_cost(spec)))
     return list({spec.key: spec for spec in specs}.values())
@@ -264,27 +285,28 @@ def rank_of(
     return (1 if task.higher_is_better else -1) * run["final"][task.metric], -run["final"]["val_loss"]
 
 
-def _best_setting(optimizer: str, ranks: dict[str, list]) -> str:
-    "The setting with the best mean rank, of those that never diverged."
+def _best_of_ranks(optimizer: str, ranks: dict[str, list], top: int) -> list[dict]:
+    "The settings with the best mean rank, of those that never diverged, the best first."
     means = {}
     for setting, seeds in ranks.items():
         if None not in seeds:
             means[setting] = [statistics.fmean(column) for column in zip(*seeds, strict=True)]
     if not means:
         raise UsageError(f"every setting of {optimizer} diverged")
-    return max(means, key=means.get)
+    return [json.loads(setting) for setting in sorted(means, key=means.get, reverse=True)[:top]]
 
 
 def best_of_runs(
     task: Task,
     runs: list[dict],  # of a grid
-) -> dict[str, dict]:  # optimizer -> hyperparameters
-    "The setting with the best mean rank over seeds. Raises `UsageError` when all settings of an optimizer diverged."
+    top: int = 1,  # settings of each optimizer
+) -> dict[str, list[dict]]:  # optimizer -> hyperparameters, the best first
+    "The settings with the best mean rank over seeds. Raises `UsageError` when all settings of an optimizer diverged."
     ranks = {}  # optimizer -> setting as JSON -> ranks over seeds
     for run in runs:
         setting = json.dumps(run["hyperparameters"], sort_keys=True)
         ranks.setdefault(run["optimizer"], {}).setdefault(setting, []).append(rank_of(task, run))
-    return {name: json.loads(_best_setting(name, settings)) for name, settings in ranks.items()}
+    return {name: _best_of_ranks(name, settings, top) for name, settings in ranks.items()}
 
 
 # %% ../../nbs/experiments/sweep.ipynb #08a52ccb
@@ -292,7 +314,8 @@ def best_settings(
     sweep: Sweep,
     data: Data,
     folder,  # root of the run files
-) -> dict[str, dict]:  # optimizer -> hyperparameters
+    top: int = 1,  # settings of each optimizer
+) -> dict[str, list[dict]]:  # optimizer -> hyperparameters, the best first
     "`best_of_runs` of a sweep that has been trained. Raises `UsageError` when runs are missing."
     runs = [load_run(folder, spec) for spec in expand(sweep, data, folder, check=False)]
     if None in runs:
@@ -300,7 +323,7 @@ def best_settings(
             f"{runs.count(None)} of the {len(runs)} runs that the best settings are to be chosen from "
             f"are not in {folder}: train that sweep first"
         )
-    return best_of_runs(get_task(sweep.task), runs)
+    return best_of_runs(get_task(sweep.task), runs, top)
 
 
 # %% ../../nbs/experiments/sweep.ipynb #29366961
