@@ -1626,12 +1626,22 @@ d = {
             ),
         },
         "sgd_sai.experiments.pack": {
+            "sgd_sai.experiments.pack._divided": ("experiments/pack.html#_divided", "sgd_sai/experiments/pack.py"),
+            "sgd_sai.experiments.pack._lines_of": ("experiments/pack.html#_lines_of", "sgd_sai/experiments/pack.py"),
             "sgd_sai.experiments.pack._own_files": ("experiments/pack.html#_own_files", "sgd_sai/experiments/pack.py"),
             "sgd_sai.experiments.pack._pack_lock": ("experiments/pack.html#_pack_lock", "sgd_sai/experiments/pack.py"),
             "sgd_sai.experiments.pack._pack_task": ("experiments/pack.html#_pack_task", "sgd_sai/experiments/pack.py"),
             "sgd_sai.experiments.pack._records": ("experiments/pack.html#_records", "sgd_sai/experiments/pack.py"),
+            "sgd_sai.experiments.pack._records_of_part": (
+                "experiments/pack.html#_records_of_part",
+                "sgd_sai/experiments/pack.py",
+            ),
             "sgd_sai.experiments.pack._remove_packed": (
                 "experiments/pack.html#_remove_packed",
+                "sgd_sai/experiments/pack.py",
+            ),
+            "sgd_sai.experiments.pack._write_parts": (
+                "experiments/pack.html#_write_parts",
                 "sgd_sai/experiments/pack.py",
             ),
             "sgd_sai.experiments.pack.pack": ("experiments/pack.html#pack", "sgd_sai/experiments/pack.py"),
@@ -1945,8 +1955,20 @@ d = {
                 "experiments/runs.html#packed_lines",
                 "sgd_sai/experiments/runs.py",
             ),
+            "sgd_sai.experiments.runs.packed_part": (
+                "experiments/runs.html#packed_part",
+                "sgd_sai/experiments/runs.py",
+            ),
+            "sgd_sai.experiments.runs.packed_parts": (
+                "experiments/runs.html#packed_parts",
+                "sgd_sai/experiments/runs.py",
+            ),
             "sgd_sai.experiments.runs.packed_path": (
                 "experiments/runs.html#packed_path",
+                "sgd_sai/experiments/runs.py",
+            ),
+            "sgd_sai.experiments.runs.packed_tasks": (
+                "experiments/runs.html#packed_tasks",
                 "sgd_sai/experiments/runs.py",
             ),
             "sgd_sai.experiments.runs.read_run": ("experiments/runs.html#read_run", "sgd_sai/experiments/runs.py"),
