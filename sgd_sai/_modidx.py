@@ -2230,6 +2230,10 @@ d = {
                 "sgd_sai/experiments/sweep.py",
             ),
             "sgd_sai.experiments.sweep.run_sweep": ("experiments/sweep.html#run_sweep", "sgd_sai/experiments/sweep.py"),
+            "sgd_sai.experiments.sweep.top_of_runs": (
+                "experiments/sweep.html#top_of_runs",
+                "sgd_sai/experiments/sweep.py",
+            ),
         },
         "sgd_sai.experiments.sweep_results": {
             "sgd_sai.experiments.sweep_results._best_cells": (

@@ -310,7 +310,7 @@ def test_of_equal_accuracies_the_lower_loss_is_the_best(tmp_path):
     for run in runs:
         run["final"] = final[run["hyperparameters"]["lr"]]
         run_path(tmp_path, spec_of(run)).write_text(json.dumps(run))
-    assert best_settings(sweep, task.load(), tmp_path)["sgdm"]["lr"] == 0.1 and best_of_runs(task, runs)["sgdm"] == {
+    assert best_settings(sweep, task.load(), tmp_path)["sgdm"][0]["lr"] == 0.1 and best_of_runs(task, runs)["sgdm"] == {
         "lr": 0.1,
         "weight_decay": 0.0,
     }

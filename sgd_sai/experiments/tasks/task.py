@@ -124,7 +124,7 @@ def with_peers(*, sgd_sai: dict, sgdm: dict, adamw: dict, adan: dict, adahessian
         "adam_mini": adamw,
         "po:Lion": dict(lr=float(f"{adamw['lr'] / 6:.2g}"), weight_decay=3 * adamw["weight_decay"]),
         "muon_adamw": dict(lr=0.02, weight_decay=adamw["weight_decay"]),
-        "muon_sai": dict(lr=0.02, weight_decay=sgd_sai["weight_decay"]),
+        "muon_sai": dict(lr=0.02, weight_decay=adamw["weight_decay"]),  # the same hidden matrices decay as fast
     }
 
 
