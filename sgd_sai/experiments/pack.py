@@ -172,7 +172,7 @@ def pack_runs(
     task: str | None = None,  # only this task
 ) -> list[Path]:  # the packed files that were written
     """Move runs from files of their own to FOLDER/TASK.jsonl, where they replace lines. What is over `PART_BYTES` goes
-    to FOLDER/TASK.2.jsonl and so on. Raises as `unpack_runs` does."""
+    to FOLDER/TASK+2.jsonl and so on. Raises as `unpack_runs` does."""
     folder, written = Path(folder), []
     for name in sorted({path.parent.name for path in folder.glob("*/*.json")}):
         if task in (None, name):

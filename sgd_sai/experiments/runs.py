@@ -32,7 +32,6 @@ import hashlib
 import json
 import os
 import platform
-import re
 import subprocess
 import tempfile
 import time
@@ -224,9 +223,9 @@ def packed_path(
 def packed_part(
     path: Path,  # FOLDER/TASK.jsonl
     number: int,  # from 1
-) -> Path:  # FOLDER/TASK.jsonl, FOLDER/TASK.2.jsonl, ...
+) -> Path:  # FOLDER/TASK.jsonl, FOLDER/TASK+2.jsonl, ...; no task has a name with a plus
     "The file of one part."
-    return path if number == 1 else path.with_name(f"{path.stem}.{number}.jsonl")
+    return path if number == 1 else path.with_name(f"{path.stem}+{number}.jsonl")
 
 
 def packed_parts(
@@ -244,7 +243,7 @@ def packed_tasks(
 ) -> list[str]:
     "The tasks that have a packed file, sorted."
     stems = {path.stem for path in Path(folder).glob("*.jsonl")}
-    return sorted(stem for stem in stems if not re.search(r"\.\d+$", stem))
+    return sorted(stem for stem in stems if "+" not in stem)
 
 
 def _read_file(path: Path) -> dict | None:

@@ -47,7 +47,7 @@ def test_packed_results_are_sorted_whole_and_of_a_size_that_can_be_opened(path):
     text = path.read_text()
     runs = unpack(text)
     assert pack(runs[::-1]) == text and path.stat().st_size < 2_000_000
-    task = path.stem.partition(".")[0]  # of further parts too
+    task = path.stem.partition("+")[0]  # of further parts too
     assert all((run["task"], run["key"]) == (task, spec_of(run).key) for run in runs)
     assert len({run["key"] for run in runs}) == len(runs)
     assert f"| `{path.name}` | {len(runs)} |" in (RESULTS / "README.md").read_text()
@@ -78,14 +78,14 @@ def test_many_runs_go_into_several_files(tmp_path, monkeypatch):
     files, before = saved(tmp_path), load_runs(tmp_path)
     longest = max(len(line) for line in pack(before).splitlines(keepends=True))
     monkeypatch.setattr(packing, "PART_BYTES", 2 * longest)
-    names = ["digits-vit.jsonl", "digits-vit.2.jsonl"]
+    names = ["digits-vit.jsonl", "digits-vit+2.jsonl"]
     assert [path.name for path in pack_runs(tmp_path)] == names
     assert [len((tmp_path / name).read_text().splitlines()) for name in names] == [2, 1]
     for spec in SPECS:
         assert load_run(tmp_path, spec) == read_run(f"{tmp_path}/digits-vit.jsonl#{spec.key}")
     assert load_runs(tmp_path) == load_runs(tmp_path, "digits-vit") == before
     more = saved(tmp_path, [replace(spec, optimizer="sgdm") for spec in SPECS])
-    assert [path.name for path in pack_runs(tmp_path)] == [*names, "digits-vit.3.jsonl"]
+    assert [path.name for path in pack_runs(tmp_path)] == [*names, "digits-vit+3.jsonl"]
     assert len(load_runs(tmp_path)) == 6 and all(load_run(tmp_path, spec) for spec in SPECS)
     assert set(unpack_runs(tmp_path)) == {*files, *more}
     assert [path.name for path in tmp_path.iterdir()] == ["digits-vit"]
