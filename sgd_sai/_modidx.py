@@ -243,6 +243,28 @@ d = {
             ),
             "sgd_sai.analysis.control.plot_pairs": ("analysis/control.html#plot_pairs", "sgd_sai/analysis/control.py"),
         },
+        "sgd_sai.analysis.differences": {
+            "sgd_sai.analysis.differences.Difference": (
+                "analysis/differences.html#difference",
+                "sgd_sai/analysis/differences.py",
+            ),
+            "sgd_sai.analysis.differences.against_frame": (
+                "analysis/differences.html#against_frame",
+                "sgd_sai/analysis/differences.py",
+            ),
+            "sgd_sai.analysis.differences.difference": (
+                "analysis/differences.html#difference",
+                "sgd_sai/analysis/differences.py",
+            ),
+            "sgd_sai.analysis.differences.difference_frame": (
+                "analysis/differences.html#difference_frame",
+                "sgd_sai/analysis/differences.py",
+            ),
+            "sgd_sai.analysis.differences.verdict": (
+                "analysis/differences.html#verdict",
+                "sgd_sai/analysis/differences.py",
+            ),
+        },
         "sgd_sai.analysis.grids": {
             "sgd_sai.analysis.grids._color_range": ("analysis/grids.html#_color_range", "sgd_sai/analysis/grids.py"),
             "sgd_sai.analysis.grids._draw_grid": ("analysis/grids.html#_draw_grid", "sgd_sai/analysis/grids.py"),
@@ -391,10 +413,6 @@ d = {
             ),
         },
         "sgd_sai.analysis.rankings": {
-            "sgd_sai.analysis.rankings.Difference": (
-                "analysis/rankings.html#difference",
-                "sgd_sai/analysis/rankings.py",
-            ),
             "sgd_sai.analysis.rankings.Experiment": (
                 "analysis/rankings.html#experiment",
                 "sgd_sai/analysis/rankings.py",
@@ -405,6 +423,14 @@ d = {
             ),
             "sgd_sai.analysis.rankings.Experiment.setting": (
                 "analysis/rankings.html#experiment.setting",
+                "sgd_sai/analysis/rankings.py",
+            ),
+            "sgd_sai.analysis.rankings.Experiment.tuned": (
+                "analysis/rankings.html#experiment.tuned",
+                "sgd_sai/analysis/rankings.py",
+            ),
+            "sgd_sai.analysis.rankings._chosen_from": (
+                "analysis/rankings.html#_chosen_from",
                 "sgd_sai/analysis/rankings.py",
             ),
             "sgd_sai.analysis.rankings._draw_ranking": (
@@ -419,21 +445,10 @@ d = {
                 "analysis/rankings.html#_ranking_row",
                 "sgd_sai/analysis/rankings.py",
             ),
-            "sgd_sai.analysis.rankings.against_frame": (
-                "analysis/rankings.html#against_frame",
-                "sgd_sai/analysis/rankings.py",
-            ),
+            "sgd_sai.analysis.rankings._seeds": ("analysis/rankings.html#_seeds", "sgd_sai/analysis/rankings.py"),
             "sgd_sai.analysis.rankings.at_edge": ("analysis/rankings.html#at_edge", "sgd_sai/analysis/rankings.py"),
             "sgd_sai.analysis.rankings.at_measured_cost": (
                 "analysis/rankings.html#at_measured_cost",
-                "sgd_sai/analysis/rankings.py",
-            ),
-            "sgd_sai.analysis.rankings.difference": (
-                "analysis/rankings.html#difference",
-                "sgd_sai/analysis/rankings.py",
-            ),
-            "sgd_sai.analysis.rankings.difference_frame": (
-                "analysis/rankings.html#difference_frame",
                 "sgd_sai/analysis/rankings.py",
             ),
             "sgd_sai.analysis.rankings.extra_frame": (
@@ -467,7 +482,6 @@ d = {
                 "analysis/rankings.html#trained_parameters",
                 "sgd_sai/analysis/rankings.py",
             ),
-            "sgd_sai.analysis.rankings.verdict": ("analysis/rankings.html#verdict", "sgd_sai/analysis/rankings.py"),
         },
         "sgd_sai.analysis.report_runner": {
             "sgd_sai.analysis.report_runner._drop_counts": (
@@ -2046,6 +2060,10 @@ d = {
             ),
             "sgd_sai.experiments.spread.Spread.__str__": (
                 "experiments/spread.html#spread.__str__",
+                "sgd_sai/experiments/spread.py",
+            ),
+            "sgd_sai.experiments.spread.Spread.interval": (
+                "experiments/spread.html#spread.interval",
                 "sgd_sai/experiments/spread.py",
             ),
             "sgd_sai.experiments.spread.Spread.scaled": (
