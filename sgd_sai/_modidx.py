@@ -147,6 +147,34 @@ d = {
             ),
             "sgd_sai.adan_state.params_to_step": ("optimizers/adan_state.html#params_to_step", "sgd_sai/adan_state.py"),
         },
+        "sgd_sai.analysis.audit": {
+            "sgd_sai.analysis.audit.Audit": ("analysis/audit.html#audit", "sgd_sai/analysis/audit.py"),
+            "sgd_sai.analysis.audit._cells": ("analysis/audit.html#_cells", "sgd_sai/analysis/audit.py"),
+            "sgd_sai.analysis.audit._found_in_choice": (
+                "analysis/audit.html#_found_in_choice",
+                "sgd_sai/analysis/audit.py",
+            ),
+            "sgd_sai.analysis.audit._range": ("analysis/audit.html#_range", "sgd_sai/analysis/audit.py"),
+            "sgd_sai.analysis.audit._untuned_decay": (
+                "analysis/audit.html#_untuned_decay",
+                "sgd_sai/analysis/audit.py",
+            ),
+            "sgd_sai.analysis.audit.audit": ("analysis/audit.html#audit", "sgd_sai/analysis/audit.py"),
+            "sgd_sai.analysis.audit.audit_all": ("analysis/audit.html#audit_all", "sgd_sai/analysis/audit.py"),
+            "sgd_sai.analysis.audit.audit_frame": ("analysis/audit.html#audit_frame", "sgd_sai/analysis/audit.py"),
+            "sgd_sai.analysis.audit.comparisons": ("analysis/audit.html#comparisons", "sgd_sai/analysis/audit.py"),
+            "sgd_sai.analysis.audit.decay_per_step": (
+                "analysis/audit.html#decay_per_step",
+                "sgd_sai/analysis/audit.py",
+            ),
+            "sgd_sai.analysis.audit.differ": ("analysis/audit.html#differ", "sgd_sai/analysis/audit.py"),
+            "sgd_sai.analysis.audit.explanation": ("analysis/audit.html#explanation", "sgd_sai/analysis/audit.py"),
+            "sgd_sai.analysis.audit.has_muon": ("analysis/audit.html#has_muon", "sgd_sai/analysis/audit.py"),
+            "sgd_sai.analysis.audit.muon_parts": ("analysis/audit.html#muon_parts", "sgd_sai/analysis/audit.py"),
+            "sgd_sai.analysis.audit.rest_rate": ("analysis/audit.html#rest_rate", "sgd_sai/analysis/audit.py"),
+            "sgd_sai.analysis.audit.schedules": ("analysis/audit.html#schedules", "sgd_sai/analysis/audit.py"),
+            "sgd_sai.analysis.audit.setting_of": ("analysis/audit.html#setting_of", "sgd_sai/analysis/audit.py"),
+        },
         "sgd_sai.analysis.claims": {
             "sgd_sai.analysis.claims._batch_claim": ("analysis/claims.html#_batch_claim", "sgd_sai/analysis/claims.py"),
             "sgd_sai.analysis.claims._control_claim": (
