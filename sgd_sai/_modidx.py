@@ -469,6 +469,64 @@ d = {
             ),
             "sgd_sai.analysis.rankings.verdict": ("analysis/rankings.html#verdict", "sgd_sai/analysis/rankings.py"),
         },
+        "sgd_sai.analysis.rate_figures": {
+            "sgd_sai.analysis.rate_figures.RateCell": (
+                "analysis/rate_figures.html#ratecell",
+                "sgd_sai/analysis/rate_figures.py",
+            ),
+            "sgd_sai.analysis.rate_figures._Look": (
+                "analysis/rate_figures.html#_look",
+                "sgd_sai/analysis/rate_figures.py",
+            ),
+            "sgd_sai.analysis.rate_figures._as_good_as_before": (
+                "analysis/rate_figures.html#_as_good_as_before",
+                "sgd_sai/analysis/rate_figures.py",
+            ),
+            "sgd_sai.analysis.rate_figures._best": (
+                "analysis/rate_figures.html#_best",
+                "sgd_sai/analysis/rate_figures.py",
+            ),
+            "sgd_sai.analysis.rate_figures._decay_colors": (
+                "analysis/rate_figures.html#_decay_colors",
+                "sgd_sai/analysis/rate_figures.py",
+            ),
+            "sgd_sai.analysis.rate_figures._draw_cells": (
+                "analysis/rate_figures.html#_draw_cells",
+                "sgd_sai/analysis/rate_figures.py",
+            ),
+            "sgd_sai.analysis.rate_figures._draw_rates": (
+                "analysis/rate_figures.html#_draw_rates",
+                "sgd_sai/analysis/rate_figures.py",
+            ),
+            "sgd_sai.analysis.rate_figures._look": (
+                "analysis/rate_figures.html#_look",
+                "sgd_sai/analysis/rate_figures.py",
+            ),
+            "sgd_sai.analysis.rate_figures._rate_row": (
+                "analysis/rate_figures.html#_rate_row",
+                "sgd_sai/analysis/rate_figures.py",
+            ),
+            "sgd_sai.analysis.rate_figures._sign": (
+                "analysis/rate_figures.html#_sign",
+                "sgd_sai/analysis/rate_figures.py",
+            ),
+            "sgd_sai.analysis.rate_figures.plot_rates": (
+                "analysis/rate_figures.html#plot_rates",
+                "sgd_sai/analysis/rate_figures.py",
+            ),
+            "sgd_sai.analysis.rate_figures.rate_cells": (
+                "analysis/rate_figures.html#rate_cells",
+                "sgd_sai/analysis/rate_figures.py",
+            ),
+            "sgd_sai.analysis.rate_figures.rate_envelope": (
+                "analysis/rate_figures.html#rate_envelope",
+                "sgd_sai/analysis/rate_figures.py",
+            ),
+            "sgd_sai.analysis.rate_figures.rate_frame": (
+                "analysis/rate_figures.html#rate_frame",
+                "sgd_sai/analysis/rate_figures.py",
+            ),
+        },
         "sgd_sai.analysis.report_runner": {
             "sgd_sai.analysis.report_runner._drop_counts": (
                 "analysis/report_runner.html#_drop_counts",
@@ -499,6 +557,33 @@ d = {
             "sgd_sai.analysis.tables.show_frames_as_markdown": (
                 "analysis/tables.html#show_frames_as_markdown",
                 "sgd_sai/analysis/tables.py",
+            ),
+        },
+        "sgd_sai.analysis.targets": {
+            "sgd_sai.analysis.targets._first_step": (
+                "analysis/targets.html#_first_step",
+                "sgd_sai/analysis/targets.py",
+            ),
+            "sgd_sai.analysis.targets._target_row": (
+                "analysis/targets.html#_target_row",
+                "sgd_sai/analysis/targets.py",
+            ),
+            "sgd_sai.analysis.targets._text": ("analysis/targets.html#_text", "sgd_sai/analysis/targets.py"),
+            "sgd_sai.analysis.targets.default_target": (
+                "analysis/targets.html#default_target",
+                "sgd_sai/analysis/targets.py",
+            ),
+            "sgd_sai.analysis.targets.steps_to_target": (
+                "analysis/targets.html#steps_to_target",
+                "sgd_sai/analysis/targets.py",
+            ),
+            "sgd_sai.analysis.targets.target_frame": (
+                "analysis/targets.html#target_frame",
+                "sgd_sai/analysis/targets.py",
+            ),
+            "sgd_sai.analysis.targets.target_texts": (
+                "analysis/targets.html#target_texts",
+                "sgd_sai/analysis/targets.py",
             ),
         },
         "sgd_sai.analysis.verdicts": {
