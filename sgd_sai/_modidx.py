@@ -390,6 +390,36 @@ d = {
                 "sgd_sai/analysis/gsnr_records.py",
             ),
         },
+        "sgd_sai.analysis.rank_intervals": {
+            "sgd_sai.analysis.rank_intervals._common_names": (
+                "analysis/rank_intervals.html#_common_names",
+                "sgd_sai/analysis/rank_intervals.py",
+            ),
+            "sgd_sai.analysis.rank_intervals._intervals": (
+                "analysis/rank_intervals.html#_intervals",
+                "sgd_sai/analysis/rank_intervals.py",
+            ),
+            "sgd_sai.analysis.rank_intervals._mean_ranks": (
+                "analysis/rank_intervals.html#_mean_ranks",
+                "sgd_sai/analysis/rank_intervals.py",
+            ),
+            "sgd_sai.analysis.rank_intervals._ranks": (
+                "analysis/rank_intervals.html#_ranks",
+                "sgd_sai/analysis/rank_intervals.py",
+            ),
+            "sgd_sai.analysis.rank_intervals._values": (
+                "analysis/rank_intervals.html#_values",
+                "sgd_sai/analysis/rank_intervals.py",
+            ),
+            "sgd_sai.analysis.rank_intervals.plot_ranks": (
+                "analysis/rank_intervals.html#plot_ranks",
+                "sgd_sai/analysis/rank_intervals.py",
+            ),
+            "sgd_sai.analysis.rank_intervals.rank_frame": (
+                "analysis/rank_intervals.html#rank_frame",
+                "sgd_sai/analysis/rank_intervals.py",
+            ),
+        },
         "sgd_sai.analysis.rankings": {
             "sgd_sai.analysis.rankings.Difference": (
                 "analysis/rankings.html#difference",
@@ -441,6 +471,7 @@ d = {
                 "sgd_sai/analysis/rankings.py",
             ),
             "sgd_sai.analysis.rankings.finals": ("analysis/rankings.html#finals", "sgd_sai/analysis/rankings.py"),
+            "sgd_sai.analysis.rankings.is_frugal": ("analysis/rankings.html#is_frugal", "sgd_sai/analysis/rankings.py"),
             "sgd_sai.analysis.rankings.load_experiment": (
                 "analysis/rankings.html#load_experiment",
                 "sgd_sai/analysis/rankings.py",
