@@ -617,6 +617,36 @@ d = {
                 "sgd_sai/analysis/targets.py",
             ),
         },
+        "sgd_sai.analysis.transfer": {
+            "sgd_sai.analysis.transfer._draw_best_rates": (
+                "analysis/transfer.html#_draw_best_rates",
+                "sgd_sai/analysis/transfer.py",
+            ),
+            "sgd_sai.analysis.transfer._draw_powers": (
+                "analysis/transfer.html#_draw_powers",
+                "sgd_sai/analysis/transfer.py",
+            ),
+            "sgd_sai.analysis.transfer._loss_by_rate": (
+                "analysis/transfer.html#_loss_by_rate",
+                "sgd_sai/analysis/transfer.py",
+            ),
+            "sgd_sai.analysis.transfer._power": ("analysis/transfer.html#_power", "sgd_sai/analysis/transfer.py"),
+            "sgd_sai.analysis.transfer._powers_of_seeds": (
+                "analysis/transfer.html#_powers_of_seeds",
+                "sgd_sai/analysis/transfer.py",
+            ),
+            "sgd_sai.analysis.transfer._rates": ("analysis/transfer.html#_rates", "sgd_sai/analysis/transfer.py"),
+            "sgd_sai.analysis.transfer._vertex": ("analysis/transfer.html#_vertex", "sgd_sai/analysis/transfer.py"),
+            "sgd_sai.analysis.transfer.best_rate": ("analysis/transfer.html#best_rate", "sgd_sai/analysis/transfer.py"),
+            "sgd_sai.analysis.transfer.plot_transfer": (
+                "analysis/transfer.html#plot_transfer",
+                "sgd_sai/analysis/transfer.py",
+            ),
+            "sgd_sai.analysis.transfer.rate_table": (
+                "analysis/transfer.html#rate_table",
+                "sgd_sai/analysis/transfer.py",
+            ),
+        },
         "sgd_sai.analysis.verdicts": {
             "sgd_sai.analysis.verdicts.Claim": ("analysis/verdicts.html#claim", "sgd_sai/analysis/verdicts.py"),
             "sgd_sai.analysis.verdicts.at_least_even": (
