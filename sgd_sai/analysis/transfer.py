@@ -15,7 +15,7 @@ from ..internals.figure_style import MUTED, figure_style
 from .rate_figures import rate_cells
 
 
-# %% ../../nbs/analysis/transfer.ipynb #0547f6fc
+# %% ../../nbs/analysis/transfer.ipynb #935c3c30
 def _loss_by_rate(task: Task, runs: list[dict], name: str, metric: str) -> list[tuple[float, float]]:
     "Learning rates and the lowest value at each, inf where all settings diverged; an accuracy is taken negative."
     sign, values = -1 if metric == "accuracy" else 1, {}
@@ -26,11 +26,9 @@ def _loss_by_rate(task: Task, runs: list[dict], name: str, metric: str) -> list[
 
 
 def _vertex(points: list[tuple[float, float]]) -> float:
-    "Where the parabola through three points is lowest, of which the middle one is the lowest."
+    "Where the parabola through three points is lowest: the second is below the first and not above the third."
     (x0, y0), (x1, y1), (x2, y2) = points
     a, b = (x1 - x0) * (y2 - y1), (x2 - x1) * (y0 - y1)
-    if a + b == 0:
-        return x1  # all three are equal
     return x1 - ((x1 - x0) * a - (x2 - x1) * b) / (2 * (a + b))
 
 

@@ -150,7 +150,7 @@ def test_the_first_crossing_is_interpolated_and_a_later_fall_does_not_count():
         run_of("adamw", 1.0, seed=0, history=history),
         run_of("adamw", 4.0, seed=1, history=[(0, 4.0), (10, 2.5)]),
         run_of("sgdm", 1.0, history=[(0, 1.5), (10, 1.0)]),  # from the start
-        run_of("adan", None, history=[(0, 4.0), (10, None), (20, 2.0), (30, math.nan)]),
+        run_of("adan", None, history=[(0, 4.0), (10, None), (15, math.nan), (20, 2.0)]),
     ]
     steps = steps_to_target(TEXT, runs, 2.0)
     assert steps == {"adamw": {0: 15.0, 1: math.inf}, "sgdm": {0: 0.0}, "adan": {0: 20.0}}
@@ -264,7 +264,7 @@ def test_the_interval_is_the_same_every_time_and_uses_its_resamples():
     rng = np.random.default_rng(1)
     values = {name: rng.normal(size=5).tolist() for name in ("adamw", "adan", "sgdm", "po:Lion")}
     both = [experiment(TEXT, values), experiment(DIGITS, values)]
-    assert rank_frame(both).equals(rank_frame(both))
+    assert rank_frame(both, resamples=7).equals(rank_frame(both, resamples=7))
     assert not rank_frame(both, resamples=7)[["low", "high"]].equals(rank_frame(both)[["low", "high"]])
 
 
@@ -369,9 +369,16 @@ def test_a_size_without_a_best_rate_is_blank_and_so_is_a_power_of_one_size():
     assert math.isnan(row[48]) and row["power"] == pytest.approx(-0.5)  # halved at four times the width
     alone = rate_table({24: grids[24], 48: grids[48]}).loc["AdamW"]
     assert alone[["power", "low", "high"]].isna().all() and alone["seeds"] == 0
-    cut = grid("adamw", 1.0, seed=1) + grid("adamw", 0.001, seed=0) + grid("adamw", 0.001, seed=2)
-    two = rate_table({24: (TEXT, grid("adamw", 0.002) + grid("adamw", 0.002, seed=1)), 96: (TEXT, cut)})
-    assert two.loc["AdamW", "seeds"] == 1  # seed 1 has no best rate at 96, seed 2 none at 24
+
+
+def test_a_seed_counts_when_it_has_a_best_rate_wherever_the_mean_has_one():
+    ends = grid("adamw", 0.002) + grid("adamw", 0.002, seed=1)
+    cut = grid("adamw", 0.001) + grid("adamw", 0.2, seed=1)  # the mean is lowest between them, seed 1 beyond the grid
+    row = rate_table({24: (TEXT, ends), 48: (TEXT, cut), 96: (TEXT, ends)}).loc["AdamW"]
+    assert row[48] == pytest.approx(math.sqrt(0.001 * 0.2)) and row["seeds"] == 1
+    without = grid("adamw", 1.0)  # an edge, and no second seed
+    row = rate_table({24: (TEXT, ends), 48: (TEXT, without), 96: (TEXT, ends)}).loc["AdamW"]
+    assert math.isnan(row[48]) and row["seeds"] == 2
 
 
 def test_a_size_is_a_positive_number():
