@@ -82,7 +82,7 @@ def rate_envelope(
     return rising + falling[::-1]
 
 
-# %% ../../nbs/analysis/rate_figures.ipynb #8f358b84
+# %% ../../nbs/analysis/rate_figures.ipynb #1d767f37
 class _Look(NamedTuple):
     "What the panels of a figure share."
 
@@ -111,6 +111,7 @@ def _decay_colors(cells: list[RateCell]):
     return ScalarMappable(LogNorm(min(decays), max(decays)), sns.light_palette(ACCENT, as_cmap=True))
 
 
+# %% ../../nbs/analysis/rate_figures.ipynb #096beaa9
 def _look(task: Task, panels: dict, adamw: RateCell | None, metric: str, span: float | None) -> _Look:
     "The common axes and colours of the cells of each optimizer in `panels`."
     unit = POINTS if metric == "accuracy" else task.loss_unit
