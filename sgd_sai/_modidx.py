@@ -440,6 +440,36 @@ d = {
                 "sgd_sai/analysis/gsnr_records.py",
             ),
         },
+        "sgd_sai.analysis.rank_intervals": {
+            "sgd_sai.analysis.rank_intervals._common_names": (
+                "analysis/rank_intervals.html#_common_names",
+                "sgd_sai/analysis/rank_intervals.py",
+            ),
+            "sgd_sai.analysis.rank_intervals._intervals": (
+                "analysis/rank_intervals.html#_intervals",
+                "sgd_sai/analysis/rank_intervals.py",
+            ),
+            "sgd_sai.analysis.rank_intervals._mean_ranks": (
+                "analysis/rank_intervals.html#_mean_ranks",
+                "sgd_sai/analysis/rank_intervals.py",
+            ),
+            "sgd_sai.analysis.rank_intervals._ranks": (
+                "analysis/rank_intervals.html#_ranks",
+                "sgd_sai/analysis/rank_intervals.py",
+            ),
+            "sgd_sai.analysis.rank_intervals._values": (
+                "analysis/rank_intervals.html#_values",
+                "sgd_sai/analysis/rank_intervals.py",
+            ),
+            "sgd_sai.analysis.rank_intervals.plot_ranks": (
+                "analysis/rank_intervals.html#plot_ranks",
+                "sgd_sai/analysis/rank_intervals.py",
+            ),
+            "sgd_sai.analysis.rank_intervals.rank_frame": (
+                "analysis/rank_intervals.html#rank_frame",
+                "sgd_sai/analysis/rank_intervals.py",
+            ),
+        },
         "sgd_sai.analysis.rankings": {
             "sgd_sai.analysis.rankings.Experiment": (
                 "analysis/rankings.html#experiment",
@@ -484,6 +514,7 @@ d = {
                 "sgd_sai/analysis/rankings.py",
             ),
             "sgd_sai.analysis.rankings.finals": ("analysis/rankings.html#finals", "sgd_sai/analysis/rankings.py"),
+            "sgd_sai.analysis.rankings.is_frugal": ("analysis/rankings.html#is_frugal", "sgd_sai/analysis/rankings.py"),
             "sgd_sai.analysis.rankings.load_experiment": (
                 "analysis/rankings.html#load_experiment",
                 "sgd_sai/analysis/rankings.py",
@@ -509,6 +540,64 @@ d = {
             "sgd_sai.analysis.rankings.trained_parameters": (
                 "analysis/rankings.html#trained_parameters",
                 "sgd_sai/analysis/rankings.py",
+            ),
+        },
+        "sgd_sai.analysis.rate_figures": {
+            "sgd_sai.analysis.rate_figures.RateCell": (
+                "analysis/rate_figures.html#ratecell",
+                "sgd_sai/analysis/rate_figures.py",
+            ),
+            "sgd_sai.analysis.rate_figures._Look": (
+                "analysis/rate_figures.html#_look",
+                "sgd_sai/analysis/rate_figures.py",
+            ),
+            "sgd_sai.analysis.rate_figures._as_good_as_before": (
+                "analysis/rate_figures.html#_as_good_as_before",
+                "sgd_sai/analysis/rate_figures.py",
+            ),
+            "sgd_sai.analysis.rate_figures._best": (
+                "analysis/rate_figures.html#_best",
+                "sgd_sai/analysis/rate_figures.py",
+            ),
+            "sgd_sai.analysis.rate_figures._decay_colors": (
+                "analysis/rate_figures.html#_decay_colors",
+                "sgd_sai/analysis/rate_figures.py",
+            ),
+            "sgd_sai.analysis.rate_figures._draw_cells": (
+                "analysis/rate_figures.html#_draw_cells",
+                "sgd_sai/analysis/rate_figures.py",
+            ),
+            "sgd_sai.analysis.rate_figures._draw_rates": (
+                "analysis/rate_figures.html#_draw_rates",
+                "sgd_sai/analysis/rate_figures.py",
+            ),
+            "sgd_sai.analysis.rate_figures._look": (
+                "analysis/rate_figures.html#_look",
+                "sgd_sai/analysis/rate_figures.py",
+            ),
+            "sgd_sai.analysis.rate_figures._rate_row": (
+                "analysis/rate_figures.html#_rate_row",
+                "sgd_sai/analysis/rate_figures.py",
+            ),
+            "sgd_sai.analysis.rate_figures._sign": (
+                "analysis/rate_figures.html#_sign",
+                "sgd_sai/analysis/rate_figures.py",
+            ),
+            "sgd_sai.analysis.rate_figures.plot_rates": (
+                "analysis/rate_figures.html#plot_rates",
+                "sgd_sai/analysis/rate_figures.py",
+            ),
+            "sgd_sai.analysis.rate_figures.rate_cells": (
+                "analysis/rate_figures.html#rate_cells",
+                "sgd_sai/analysis/rate_figures.py",
+            ),
+            "sgd_sai.analysis.rate_figures.rate_envelope": (
+                "analysis/rate_figures.html#rate_envelope",
+                "sgd_sai/analysis/rate_figures.py",
+            ),
+            "sgd_sai.analysis.rate_figures.rate_frame": (
+                "analysis/rate_figures.html#rate_frame",
+                "sgd_sai/analysis/rate_figures.py",
             ),
         },
         "sgd_sai.analysis.report_runner": {
@@ -541,6 +630,63 @@ d = {
             "sgd_sai.analysis.tables.show_frames_as_markdown": (
                 "analysis/tables.html#show_frames_as_markdown",
                 "sgd_sai/analysis/tables.py",
+            ),
+        },
+        "sgd_sai.analysis.targets": {
+            "sgd_sai.analysis.targets._first_step": (
+                "analysis/targets.html#_first_step",
+                "sgd_sai/analysis/targets.py",
+            ),
+            "sgd_sai.analysis.targets._target_row": (
+                "analysis/targets.html#_target_row",
+                "sgd_sai/analysis/targets.py",
+            ),
+            "sgd_sai.analysis.targets._text": ("analysis/targets.html#_text", "sgd_sai/analysis/targets.py"),
+            "sgd_sai.analysis.targets.default_target": (
+                "analysis/targets.html#default_target",
+                "sgd_sai/analysis/targets.py",
+            ),
+            "sgd_sai.analysis.targets.steps_to_target": (
+                "analysis/targets.html#steps_to_target",
+                "sgd_sai/analysis/targets.py",
+            ),
+            "sgd_sai.analysis.targets.target_frame": (
+                "analysis/targets.html#target_frame",
+                "sgd_sai/analysis/targets.py",
+            ),
+            "sgd_sai.analysis.targets.target_texts": (
+                "analysis/targets.html#target_texts",
+                "sgd_sai/analysis/targets.py",
+            ),
+        },
+        "sgd_sai.analysis.transfer": {
+            "sgd_sai.analysis.transfer._draw_best_rates": (
+                "analysis/transfer.html#_draw_best_rates",
+                "sgd_sai/analysis/transfer.py",
+            ),
+            "sgd_sai.analysis.transfer._draw_powers": (
+                "analysis/transfer.html#_draw_powers",
+                "sgd_sai/analysis/transfer.py",
+            ),
+            "sgd_sai.analysis.transfer._loss_by_rate": (
+                "analysis/transfer.html#_loss_by_rate",
+                "sgd_sai/analysis/transfer.py",
+            ),
+            "sgd_sai.analysis.transfer._power": ("analysis/transfer.html#_power", "sgd_sai/analysis/transfer.py"),
+            "sgd_sai.analysis.transfer._powers_of_seeds": (
+                "analysis/transfer.html#_powers_of_seeds",
+                "sgd_sai/analysis/transfer.py",
+            ),
+            "sgd_sai.analysis.transfer._rates": ("analysis/transfer.html#_rates", "sgd_sai/analysis/transfer.py"),
+            "sgd_sai.analysis.transfer._vertex": ("analysis/transfer.html#_vertex", "sgd_sai/analysis/transfer.py"),
+            "sgd_sai.analysis.transfer.best_rate": ("analysis/transfer.html#best_rate", "sgd_sai/analysis/transfer.py"),
+            "sgd_sai.analysis.transfer.plot_transfer": (
+                "analysis/transfer.html#plot_transfer",
+                "sgd_sai/analysis/transfer.py",
+            ),
+            "sgd_sai.analysis.transfer.rate_table": (
+                "analysis/transfer.html#rate_table",
+                "sgd_sai/analysis/transfer.py",
             ),
         },
         "sgd_sai.analysis.verdicts": {

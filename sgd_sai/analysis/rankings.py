@@ -4,6 +4,7 @@
 
 # %% auto #0
 __all__ = [
+    "STATE_COLORS",
     "repository",
     "sweep_runs",
     "finals",
@@ -13,6 +14,7 @@ __all__ = [
     "Experiment",
     "load_experiment",
     "extra_frame",
+    "is_frugal",
     "plot_ranking",
     "at_measured_cost",
     "plot_curves",
@@ -201,17 +203,26 @@ def extra_frame(
     return pd.DataFrame(rows).groupby("optimizer", sort=False).agg(["mean", "std"])
 
 
+# %% ../../nbs/analysis/rankings.ipynb #3003e6d1
+STATE_COLORS = {True: ACCENT, False: "#1D4ED8"}  # by is_frugal
+
+
+def is_frugal(
+    run: dict,  # a run record
+    frugal: float = 1.1,  # up to this many times the bytes of the parameters, state counts as one momentum
+) -> bool:
+    "True if the optimizer keeps one momentum or less."
+    return run["state_bytes"] <= frugal * 4 * trained_parameters(run)
+
+
 # %% ../../nbs/analysis/rankings.ipynb #c2304305
-_MORE_STATE = "#1D4ED8"
-
-
 def _draw_ranking(ax, task: Task, runs: list[dict], frugal: float):
     "The panel of one task."
     frame, scale = ranking(task, runs, runs), task.unit.scale
     by_label = {optimizer_label(run["optimizer"]): run for run in runs}
     for y, label in enumerate(reversed(frame.index)):
         run = by_label[label]
-        color = ACCENT if run["state_bytes"] <= frugal * 4 * trained_parameters(run) else _MORE_STATE
+        color = STATE_COLORS[is_frugal(run, frugal)]
         values = [scale * value for value in finals(task, runs, run["optimizer"]).values()]
         ax.plot(values, [y] * len(values), "o", color=color, alpha=0.5, markersize=4)
         if values:
