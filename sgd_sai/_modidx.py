@@ -149,11 +149,13 @@ d = {
         },
         "sgd_sai.analysis.audit": {
             "sgd_sai.analysis.audit.Audit": ("analysis/audit.html#audit", "sgd_sai/analysis/audit.py"),
+            "sgd_sai.analysis.audit._at_edges": ("analysis/audit.html#_at_edges", "sgd_sai/analysis/audit.py"),
             "sgd_sai.analysis.audit._cells": ("analysis/audit.html#_cells", "sgd_sai/analysis/audit.py"),
             "sgd_sai.analysis.audit._found_in_choice": (
                 "analysis/audit.html#_found_in_choice",
                 "sgd_sai/analysis/audit.py",
             ),
+            "sgd_sai.analysis.audit._muon_option": ("analysis/audit.html#_muon_option", "sgd_sai/analysis/audit.py"),
             "sgd_sai.analysis.audit._range": ("analysis/audit.html#_range", "sgd_sai/analysis/audit.py"),
             "sgd_sai.analysis.audit._untuned_decay": (
                 "analysis/audit.html#_untuned_decay",
@@ -2394,6 +2396,7 @@ d = {
             ),
             "sgd_sai.experiments.sweep._lengths": ("experiments/sweep.html#_lengths", "sgd_sai/experiments/sweep.py"),
             "sgd_sai.experiments.sweep._lists": ("experiments/sweep.html#_lists", "sgd_sai/experiments/sweep.py"),
+            "sgd_sai.experiments.sweep._lr_rules": ("experiments/sweep.html#_lr_rules", "sgd_sai/experiments/sweep.py"),
             "sgd_sai.experiments.sweep._names": ("experiments/sweep.html#_names", "sgd_sai/experiments/sweep.py"),
             "sgd_sai.experiments.sweep._number": ("experiments/sweep.html#_number", "sgd_sai/experiments/sweep.py"),
             "sgd_sai.experiments.sweep._numbers": ("experiments/sweep.html#_numbers", "sgd_sai/experiments/sweep.py"),

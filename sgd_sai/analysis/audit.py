@@ -32,6 +32,7 @@ from ..experiments.muon_adamw import MuonAdamW
 from ..experiments.optimizer_entry import accepted
 from ..experiments.optimizers import get_optimizer, optimizer_label
 from ..experiments.sweep import read_sweep
+from ..muon_sai import MuonSaI
 from ..rest_rules import REST_BY_ROLE
 from .rankings import Experiment, at_edge, load_experiment, repository
 
@@ -94,6 +95,12 @@ def schedules(
     return found
 
 
+def _muon_option(run: dict, name: str):
+    "An option of Muon's step; where a class does not offer it, it is MuonSaI's."
+    value = setting_of(run, name)
+    return accepted(MuonSaI)[name].default if value is None else value
+
+
 def muon_parts(
     runs: list[dict],
 ) -> dict[str, set]:  # optimizer -> rates, decays and options of Muon's step, of those that have Muon
@@ -102,7 +109,7 @@ def muon_parts(
     for run in runs:
         if has_muon(run) and not set(_MUON) & set(get_optimizer(run["optimizer"]).settings):
             decay = decay_per_step(run)["hidden matrices"]
-            part = (run["hyperparameters"]["lr"], float(f"{decay:.3g}"), *(setting_of(run, key) for key in _MUON))
+            part = (run["hyperparameters"]["lr"], float(f"{decay:.3g}"), *(_muon_option(run, key) for key in _MUON))
             found.setdefault(run["optimizer"], set()).add(tuple(map(str, part)))
     return found
 
@@ -151,6 +158,13 @@ def _untuned_decay(runs: list[dict]) -> list[str]:
 
 
 # %% ../../nbs/analysis/audit.ipynb #85a10d08
+def _at_edges(experiment: Experiment) -> list[str]:
+    "Optimizers whose chosen rate is the smallest or the largest of those tried."
+    chosen = {run["optimizer"]: run["hyperparameters"]["lr"] for run in experiment.runs}
+    edges = {name: at_edge(experiment.tuned, name, lr) for name, lr in chosen.items()}
+    return [f"{optimizer_label(name)} ({edge})" for name, edge in edges.items() if edge]
+
+
 def _found_in_choice(experiment: Experiment) -> dict[str, str]:
     "Findings about how the settings were chosen."
     found, last = {}, experiment.stages[-1]
@@ -162,16 +176,12 @@ def _found_in_choice(experiment: Experiment) -> dict[str, str]:
     longest, reported = (max(run["steps"] for run in runs) for runs in (last, experiment.runs))
     if longest < reported:
         found["short"] = f"chosen after {longest:,} of {reported:,} steps"
-    edges = []
-    for name in _cells(experiment.runs):
-        lr = next(run["hyperparameters"]["lr"] for run in experiment.runs if run["optimizer"] == name)
-        if edge := at_edge(experiment.tuned, name, lr):
-            edges.append(f"{optimizer_label(name)} ({edge})")
-    if edges:
+    if edges := _at_edges(experiment):
         found["edge"] = ", ".join(edges)
     return found
 
 
+# %% ../../nbs/analysis/audit.ipynb #70e38655
 def audit(
     experiment: Experiment,  # from load_experiment
     drawn: bool = False,  # the settings were drawn, and optimizers with Muon had the same draws
@@ -263,6 +273,7 @@ def audit_frame(
     return pd.DataFrame(rows).set_index("comparison")
 
 
+# %% ../../nbs/analysis/audit.ipynb #6c5054f8
 def audit_all(
     root=None,  # of the repository; None: found
 ) -> list[Audit]:

@@ -165,6 +165,7 @@ def _seeds(runs: list[dict]) -> str:
     return f"{count} seed{'s' * (count > 1)}"
 
 
+# %% ../../nbs/analysis/rankings.ipynb #e36770d2
 def _chosen_from(name: str, root: Path) -> list[str]:  # the nearest first
     "The sweep that a sweep chooses its settings from, the one that this one chooses from, and so on."
     import yaml

@@ -167,6 +167,7 @@ def _pack_task(folder: Path, task: str) -> list[Path]:
     return packed
 
 
+# %% ../../nbs/experiments/pack.ipynb #56408d5d
 def pack_runs(
     folder,  # root of the run files
     task: str | None = None,  # only this task

@@ -246,6 +246,7 @@ def packed_tasks(
     return sorted(stem for stem in stems if "+" not in stem)
 
 
+# %% ../../nbs/experiments/runs.ipynb #4828f5a2
 def _read_file(path: Path) -> dict | None:
     "The run in a file of its own, if it can be read; a file that is no run, with a warning, is none."
     try:

@@ -51,6 +51,7 @@ class Spread(NamedTuple):
         return format(self, ".4g")
 
 
+# %% ../../nbs/experiments/spread.ipynb #3a2027e7
 def spread(
     values: Iterable[float],  # one per seed
 ) -> Spread:

@@ -41,6 +41,7 @@ from .train import Tracking
 LR_RULES = {"none": 0.0, "sqrt": 0.5, "linear": 1.0}  # power of the relative batch size by which lr is multiplied
 
 
+# %% ../../nbs/experiments/sweep.ipynb #f77bc165
 @dataclass
 class Sweep:
     "A grid of runs of one task. Raises `UsageError` for values that make no sense."
@@ -67,12 +68,7 @@ class Sweep:
         _check_numbers(self)
         if self.precision not in PRECISIONS:
             raise unknown("precision", str(self.precision), PRECISIONS)
-        if not isinstance(self.lr_rule, dict):
-            self.lr_rule = dict.fromkeys(self.optimizers, self.lr_rule)
-        for rule in self.lr_rule.values():
-            if str(rule) not in LR_RULES:
-                raise unknown("lr_rule", str(rule), LR_RULES)
-        _check_names("lr_rule", self.lr_rule, self.optimizers)
+        self.lr_rule = _lr_rules(self.lr_rule, self.optimizers)
         _check_names("grid", self.grid, self.optimizers)
         self.grid = {name: _lists(name, values) for name, values in self.grid.items()}
         _check_names("random", self.random, self.optimizers)
@@ -110,6 +106,16 @@ def _names(given) -> list[str]:
     if not names or not all(isinstance(name, str) and name for name in names):
         raise UsageError(f"optimizers: {given!r} is neither the name of an optimizer nor a list of names")
     return list(dict.fromkeys(names))
+
+
+def _lr_rules(given, optimizers: list) -> dict:
+    "The rule of each optimizer. Raises `UsageError` for an unknown rule or optimizer."
+    rules = given if isinstance(given, dict) else dict.fromkeys(optimizers, given)
+    for rule in rules.values():
+        if str(rule) not in LR_RULES:
+            raise unknown("lr_rule", str(rule), LR_RULES)
+    _check_names("lr_rule", rules, optimizers)
+    return rules
 
 
 def _lists(name: str, values) -> dict:
@@ -151,6 +157,7 @@ def _check_numbers(sweep: Sweep):
         raise UsageError(f"first_seed: {first!r} is not a whole number from 0")
 
 
+# %% ../../nbs/experiments/sweep.ipynb #ee6ba45c
 def _check_names(what: str, names, optimizers: list):
     "Raise `UsageError` for a name that is not among the optimizers."
     for name in names:
@@ -229,6 +236,7 @@ def _grid_points(lists: dict[str, list]) -> list[dict]:
     return points
 
 
+# %% ../../nbs/experiments/sweep.ipynb #7c5900bb
 def _points(sweep: Sweep, data: Data, folder) -> dict[str, list[dict]]:
     "Optimizer -> hyperparameters to train with."
     if sweep.best_of:
