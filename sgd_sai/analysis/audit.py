@@ -68,6 +68,7 @@ def rest_rate(
     return setting_of(run, "rest_lr") or lr * REST_BY_ROLE[setting_of(run, "rest")]["embedding"]["lr_factor"]
 
 
+# %% ../../nbs/analysis/audit.ipynb #ba6d9f42
 def decay_per_step(
     run: dict,  # a run record
 ) -> dict[str, float]:  # part of the model -> share of a weight that one step at the full learning rate takes away

@@ -314,6 +314,7 @@ def _best_of_ranks(optimizer: str, ranks: dict[str, list], top: int) -> list[dic
     return [json.loads(setting) for setting in sorted(means, key=means.get, reverse=True)[:top]]
 
 
+# %% ../../nbs/experiments/sweep.ipynb #3d3a1341
 def top_of_runs(
     task: Task,
     runs: list[dict],  # of a grid
