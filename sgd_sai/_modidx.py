@@ -442,6 +442,32 @@ d = {
                 "sgd_sai/analysis/gsnr_records.py",
             ),
         },
+        "sgd_sai.analysis.paired_cells": {
+            "sgd_sai.analysis.paired_cells.CellPair": (
+                "analysis/paired_cells.html#cellpair",
+                "sgd_sai/analysis/paired_cells.py",
+            ),
+            "sgd_sai.analysis.paired_cells._by_cell": (
+                "analysis/paired_cells.html#_by_cell",
+                "sgd_sai/analysis/paired_cells.py",
+            ),
+            "sgd_sai.analysis.paired_cells._draw_pairs": (
+                "analysis/paired_cells.html#_draw_pairs",
+                "sgd_sai/analysis/paired_cells.py",
+            ),
+            "sgd_sai.analysis.paired_cells.cell_pairs": (
+                "analysis/paired_cells.html#cell_pairs",
+                "sgd_sai/analysis/paired_cells.py",
+            ),
+            "sgd_sai.analysis.paired_cells.pair_frame": (
+                "analysis/paired_cells.html#pair_frame",
+                "sgd_sai/analysis/paired_cells.py",
+            ),
+            "sgd_sai.analysis.paired_cells.plot_pairs": (
+                "analysis/paired_cells.html#plot_pairs",
+                "sgd_sai/analysis/paired_cells.py",
+            ),
+        },
         "sgd_sai.analysis.rank_intervals": {
             "sgd_sai.analysis.rank_intervals._common_names": (
                 "analysis/rank_intervals.html#_common_names",
