@@ -290,6 +290,14 @@ d = {
                 "analysis/differences.html#difference_frame",
                 "sgd_sai/analysis/differences.py",
             ),
+            "sgd_sai.analysis.differences.difference_matrix": (
+                "analysis/differences.html#difference_matrix",
+                "sgd_sai/analysis/differences.py",
+            ),
+            "sgd_sai.analysis.differences.difference_text": (
+                "analysis/differences.html#difference_text",
+                "sgd_sai/analysis/differences.py",
+            ),
             "sgd_sai.analysis.differences.verdict": (
                 "analysis/differences.html#verdict",
                 "sgd_sai/analysis/differences.py",

@@ -20,7 +20,7 @@ __all__ = [
 # %% ../../nbs/analysis/verdicts.ipynb #47886f4b
 from dataclasses import dataclass
 
-from .differences import difference, verdict
+from .differences import difference, difference_text
 from .rankings import sweep_runs
 
 # %% ../../nbs/analysis/verdicts.ipynb #71d24793
@@ -67,8 +67,8 @@ def compared(
     "How much better the first optimizer is than the second, over seeds, with the interval of 95 % confidence."
     task, runs = sweep_runs(sweep)
     gap, unit = difference(task, runs, first, second).spread, task.unit
-    mean, low, high = (f"{unit.scale * value:+.{unit.digits}f}" for value in (gap.mean, *gap.interval()))
-    return f"{mean} [{low}, {high}] {unit.name} ({task.name}, {gap.n} seeds)", verdict(gap, unit)
+    numbers, said = difference_text(task, runs, first, second).rsplit(maxsplit=1)
+    return f"{numbers} {unit.name} ({task.name}, {gap.n} seeds)", said
 
 
 def at_least_even(

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from sgd_sai.analysis.differences import difference, difference_frame, verdict
+from sgd_sai.analysis.differences import difference, difference_frame, difference_matrix, verdict
 from sgd_sai.analysis.grids import grid_of, plot_grids, tolerance
 from sgd_sai.analysis.rankings import (
     Experiment,
@@ -250,6 +250,14 @@ def test_differences_and_extras_are_tables_over_tasks_and_seeds():
         and frame.loc["shakespeare-gpt", "mean"] == pytest.approx(-0.25)
         and frame.loc["shakespeare-gpt", "verdict"] == "worse"
     )
+    table = difference_matrix(
+        [Experiment("a", digits, runs, [runs], None), Experiment("b", text, losses, [losses], None)],
+        ["adamw", "adan", "po:Lion"],
+        "sgd_sai",
+    )
+    assert table.loc["digits-vit", "AdamW"] == "+25.00 [+25.00, +25.00] better" and list(table["Lion"]) == ["", ""]
+    assert table.loc["shakespeare-gpt", "AdamW"] == "-0.250 [-0.250, -0.250] worse"
+    assert table.loc["digits-vit", "Adan"] == "+nan [+nan, +nan] open"  # it diverged
     extras = extra_frame([run | {"extra": {"bleu": 1.0 + run["seed"]}} for run in runs], ["bleu"])
     assert list(extras.index) == ["SGD-SaI", "AdamW"] and extras.loc["AdamW", ("bleu", "mean")] == 2.0
 
@@ -332,6 +340,11 @@ def test_of_equal_accuracies_the_lower_loss_is_the_best(tmp_path):
         "weight_decay": 0.0,
     }
     assert rank_of(task, runs[0] | {"status": "diverged"}) is None
+
+
+def test_a_column_of_empty_texts_is_empty():
+    assert markdown_table(pd.DataFrame({"a": [1], "b": [""]})).split("\n")[-1] == "| 1 |  |"
+    assert markdown_table(pd.DataFrame({"a": [], "b": []})).split("\n") == ["| a | b |", "| ---: | ---: |"]
 
 
 def test_tables_are_markdown_with_the_digits_of_pandas():
