@@ -37,7 +37,7 @@ from ..experiments.optimizers import get_optimizer
 from ..experiments.sweep_results import sweep_frame
 from .grids import tolerance
 from .rankings import phases, repository, sweep_runs
-from .verdicts import HOLDS, NOT, PART, UNTESTED, Claim, at_least_even, by_count, compared, holds_if
+from .verdicts import HOLDS, NOT, OPEN, PART, UNTESTED, Claim, at_least_even, by_count, compared, holds_if
 
 # %% ../../nbs/analysis/claims.ipynb #3d1254a2
 TEN = "[ten optimizers](../reports/ten_optimizers.ipynb)"
@@ -90,14 +90,14 @@ def _resnet_claim() -> Claim:
         "ResNet: as good as SGDM, better than AdamW",
         "95.36 %, SGDM 95.26, AdamW 94.74 (ResNet-18, CIFAR-10)",
         f"against AdamW {against_adamw}; against SGDM {against_sgdm}",
-        by_count((better, even).count(HOLDS), 2),
+        by_count((better, even).count(HOLDS), 2, (better, even).count(OPEN)),
         TEN,
     )
 
 
 def _frozen_claim() -> Claim:
     text, said = compared("lora-smollm2/final", "sgd_sai", "authors")
-    ours, result = f"what an A that moves adds: {text}", NOT if said == "better" else PART
+    ours, result = f"what an A that moves adds: {text}", {"better": NOT, "open": OPEN}.get(said, PART)
     return Claim("The released code trains LoRA", "not said; A is frozen in it", ours, result, LORA)
 
 
@@ -107,7 +107,7 @@ def _sgdm_claim() -> Claim:
         "SGDM cannot train a transformer as SGD-SaI can",
         "63.80 % against 72.92 %",
         f"SGDM: {text}",
-        {HOLDS: NOT, PART: PART, NOT: HOLDS}[as_good],  # the claim is that it is not
+        {HOLDS: NOT, PART: PART, NOT: HOLDS, OPEN: OPEN}[as_good],  # the claim is that it is not
         f"{TEN}, {BASELINE}",
     )
 
@@ -318,7 +318,7 @@ def _control_claim() -> Claim:
         "The gradient does not matter: SGD-SaI is SGD with √n",
         "not asked",
         "; ".join(texts),
-        by_count(verdicts.count("even"), len(verdicts)),
+        by_count(verdicts.count("even"), len(verdicts), verdicts.count("open")),
         TEN,
     )
 
