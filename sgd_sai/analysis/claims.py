@@ -30,6 +30,19 @@ __all__ = [
 import json
 from collections import Counter
 
+from sgd_sai.analysis.verdicts import (
+    HOLDS,
+    NOT,
+    OPEN,
+    PART,
+    UNTESTED,
+    Claim,
+    at_least_even,
+    by_count,
+    compared,
+    holds_if,
+)
+
 from ..benchmarks.model_shapes import named_shapes
 from ..benchmarks.state_bytes import PAPER_MODELS
 from ..experiments.optimizer_entry import entry_buffers
@@ -37,7 +50,6 @@ from ..experiments.optimizers import get_optimizer
 from ..experiments.sweep_results import sweep_frame
 from .grids import tolerance
 from .rankings import phases, repository, sweep_runs
-from .verdicts import HOLDS, NOT, OPEN, PART, UNTESTED, Claim, at_least_even, by_count, compared, holds_if
 
 # %% ../../nbs/analysis/claims.ipynb #3d1254a2
 TEN = "[ten optimizers](../reports/ten_optimizers.ipynb)"

@@ -45,9 +45,9 @@ TRAINING_NAMES = (
     "muon_sai:adams",
     "muon_sai:scion",
     "muon_adamw",
-    "adams",
     "adam_mini",
     "authors",
+    "adams",
 )
 FAMILIES = {"po:NAME": "any optimizer of pytorch_optimizer", "scaled:RULE": "a scale at initialization"}
 
