@@ -155,6 +155,7 @@ d = {
                 "analysis/audit.html#_found_in_choice",
                 "sgd_sai/analysis/audit.py",
             ),
+            "sgd_sai.analysis.audit._is_drawn": ("analysis/audit.html#_is_drawn", "sgd_sai/analysis/audit.py"),
             "sgd_sai.analysis.audit._muon_option": ("analysis/audit.html#_muon_option", "sgd_sai/analysis/audit.py"),
             "sgd_sai.analysis.audit._range": ("analysis/audit.html#_range", "sgd_sai/analysis/audit.py"),
             "sgd_sai.analysis.audit._untuned_decay": (
@@ -176,6 +177,7 @@ d = {
             "sgd_sai.analysis.audit.rest_rate": ("analysis/audit.html#rest_rate", "sgd_sai/analysis/audit.py"),
             "sgd_sai.analysis.audit.schedules": ("analysis/audit.html#schedules", "sgd_sai/analysis/audit.py"),
             "sgd_sai.analysis.audit.setting_of": ("analysis/audit.html#setting_of", "sgd_sai/analysis/audit.py"),
+            "sgd_sai.analysis.audit.untrained": ("analysis/audit.html#untrained", "sgd_sai/analysis/audit.py"),
         },
         "sgd_sai.analysis.claims": {
             "sgd_sai.analysis.claims._batch_claim": ("analysis/claims.html#_batch_claim", "sgd_sai/analysis/claims.py"),

@@ -8,6 +8,7 @@ __all__ = [
     "BASELINE",
     "MEMORY",
     "LORA",
+    "MUON_PAGE",
     "VISION",
     "RESNET",
     "GPT",
@@ -15,6 +16,7 @@ __all__ = [
     "EVERYWHERE",
     "DIFFUSION",
     "TUNING",
+    "MUON",
     "ADAN",
     "ADAHESSIAN",
     "sgd_sai_training",
@@ -56,6 +58,7 @@ TEN = "[ten optimizers](../reports/ten_optimizers.ipynb)"
 BASELINE = "[the baseline](../reports/is_the_baseline_fair.ipynb)"
 MEMORY = "[memory](../benchmarks/state_bytes.ipynb)"
 LORA = "[LoRA](../reports/finetuning.ipynb)"
+MUON_PAGE = "[Muon over tasks](../reports/muon_over_tasks.ipynb)"
 
 
 def _record(path):
@@ -93,6 +96,7 @@ VISION, RESNET, GPT = ["digits-vit/final", "fashion-vit/final"], "fashion-resnet
 TRANSFORMERS, EVERYWHERE = [*VISION, GPT], [*VISION, RESNET, GPT]
 DIFFUSION = ["fashion-ddpm/final", "fashion-ddpm-lora/final"]
 TUNING = ["minilm-sentiment/final", "lora-smollm2/final"]
+MUON = ["digits-vit/compare", "fashion-vit/compare", "fashion-resnet/compare"]
 
 
 def _resnet_claim() -> Claim:
@@ -346,10 +350,22 @@ def own_claims() -> list[Claim]:
             TEN,
         ),
         Claim(
-            "Muon + SGD-SaI as good as Muon + AdamW",
+            "Muon + SGD-SaI as good as Muon + AdamW, with the same decay of the same matrices",
             "",
-            *at_least_even(EVERYWHERE, "muon_sai", "muon_adamw"),
-            TEN,
+            *at_least_even(MUON, "muon_sai", "muon_adamw"),
+            MUON_PAGE,
+        ),
+        Claim(
+            "Muon + row norm, without any second moment, as good as Muon + AdamW",
+            "",
+            *at_least_even(MUON, "muon_sai:row_norm", "muon_adamw"),
+            MUON_PAGE,
+        ),
+        Claim(
+            "Muon + row norm better than AdamW",
+            "",
+            *at_least_even(MUON, "muon_sai:row_norm", "adamw", better=True),
+            MUON_PAGE,
         ),
     ]
 

@@ -97,6 +97,7 @@ def plot_pairs(
     return fig
 
 
+# %% ../../nbs/analysis/paired_cells.ipynb #0c8f66c6
 def _draw_pairs(ax, experiment: Experiment, names: list[str], second: str):
     "The panel of one task. What is worse than the axes show stands at their edge."
     task, best, unit = experiment.task, -math.inf, experiment.task.unit

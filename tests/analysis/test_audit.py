@@ -5,7 +5,16 @@ from pathlib import Path
 import pytest
 
 from sgd_sai.analysis import audit as page
-from sgd_sai.analysis.audit import EXPLAINED, audit, audit_all, audit_frame, decay_per_step, muon_parts, rest_rate
+from sgd_sai.analysis.audit import (
+    EXPLAINED,
+    audit,
+    audit_all,
+    audit_frame,
+    decay_per_step,
+    muon_parts,
+    rest_rate,
+    untrained,
+)
 from sgd_sai.analysis.rankings import Experiment
 from sgd_sai.experiments.tasks.registry import get_task
 
@@ -124,6 +133,9 @@ def test_nothing_on_the_site_is_unexplained_and_no_explanation_is_stale():
             assert key in EXPLAINED, f"{each.name}: {finding} is not explained"
             used.add(key)
     assert used == set(EXPLAINED)
+    waiting = untrained(ROOT)
+    assert "digits-vit/example" in waiting and not {each.name for each in audits} & set(waiting)
+    assert {"digits-vit/compare", "shakespeare-gpt/rest"} <= {each.name for each in audits}
     assert len(audit_frame(audits)) == len(audits) > 10
     with pytest.raises(KeyError, match="new/sweep: shared part is not explained"):
         page.explanation("new/sweep", "shared part")
