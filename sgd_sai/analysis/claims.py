@@ -339,6 +339,7 @@ def _control_claim() -> Claim:
     )
 
 
+# %% ../../nbs/analysis/claims.ipynb #8bafb7da
 def own_claims() -> list[Claim]:
     "Claims of this site."
     return [

@@ -11,12 +11,13 @@ from ..muon_sai import MuonSaI
 
 # %% ../../nbs/experiments/adams.ipynb #aafb3090
 def adams(
-    groups: list[dict],  # parameter groups
+    params: list,  # parameters, or groups of them
     lr: float = 1e-3,  # of every tensor
     weight_decay: float = 0.0,  # decoupled, of groups that do not say their own
     momentum: float = 0.9,  # beta_1 of the paper; its beta_2 is 0.95
     eps: float = 1e-8,  # in the denominator
 ) -> MuonSaI:
     "AdamS with decoupled decay. Raises `ValueError` for hyperparameters out of range."
+    groups = params if params and isinstance(params[0], dict) else [{"params": params}]
     groups = [{"muon": False} | group for group in groups]
     return MuonSaI(groups, lr=lr, rest="adams", rest_lr=lr, weight_decay=weight_decay, rest_momentum=momentum, eps=eps)
