@@ -61,6 +61,7 @@ class Sweep:
     best_of: "Sweep|None" = None  # a sweep (in a file: its file) in which each optimizer has its best settings
     top: int = 1  # so many of them
     first_seed: int = 0  # seeds are first_seed, first_seed + 1, ...
+    curve: bool = True  # evaluate during the runs as well; a search needs only the end
 
     def __post_init__(self):
         self.optimizers = _names(self.optimizers)
@@ -152,6 +153,8 @@ def _check_numbers(sweep: Sweep):
         if isinstance(getattr(sweep, key), list):
             raise UsageError(f"{key} is the number of {key}")
         setattr(sweep, key, *_numbers(key, getattr(sweep, key), True))
+    if not isinstance(sweep.curve, bool):
+        raise UsageError(f"curve: {sweep.curve!r} is neither true nor false")
     first = sweep.first_seed
     if isinstance(first, bool) or not isinstance(first, int) or first < 0:
         raise UsageError(f"first_seed: {first!r} is not a whole number from 0")
@@ -381,7 +384,7 @@ def run_sweep(
 
     Raises `UsageError`, `ImportError` and `OSError` before training, and `OSError` when a run cannot be saved."""
     task, data, specs, missing_runs = _plan(sweep, folder, data_dir)
-    job = Job(task.name, folder, data_dir, device, tracking=tracking)
+    job = Job(task.name, folder, data_dir, device, tracking=tracking, curve=sweep.curve)
     outcomes, trained, failures = train_all(missing_runs, job, task, data, workers, engine, address), 0, []
     progress = progress if progress and is_main() else no_progress
     with progress(task, missing_runs, len(specs) - len(missing_runs)) as show, closing(outcomes):

@@ -19,8 +19,9 @@ from sgd_sai.benchmarks.training_step import step_costs
 from sgd_sai.cli.app import app
 from sgd_sai.experiments.errors import UsageError
 from sgd_sai.experiments.random_search import draw_settings, read_ranges
+from sgd_sai.experiments.repeat import repeat_run
 from sgd_sai.experiments.run_specs import epoch_steps, make_spec
-from sgd_sai.experiments.runs import load_runs, run_path, save_run
+from sgd_sai.experiments.runs import load_runs, run_path, save_run, spec_of
 from sgd_sai.experiments.sweep import Sweep, expand, read_sweep, run_sweep
 from sgd_sai.experiments.sweep_results import recorded_runs, sweep_frame
 from sgd_sai.experiments.tasks.registry import get_task
@@ -383,6 +384,7 @@ def test_optimizers_that_share_muon_are_searched_at_the_same_matrices():
         (dict(top=[1, 2]), "top is the number of top"),
         (dict(first_seed=-1), "first_seed: -1 is not a whole number from 0"),
         (dict(first_seed=1.5), "first_seed: 1.5"),
+        (dict(curve=0), "curve: 0 is neither true nor false"),
     ],
 )
 def test_what_is_wrong_with_a_search_is_said(wrong, words):
@@ -410,3 +412,18 @@ def test_a_shortlist_takes_the_best_settings_and_its_own_seeds(tmp_path):
     ]
     single = Sweep("digits-vit", ["adamw"], seeds=1, steps=3, best_of=search)
     assert [spec.hyperparameters["lr"] for spec in expand(single, data, tmp_path)] == [0.00316]
+
+
+@pytest.mark.parametrize("name", ["sgd_sai", "adahessian"])
+def test_a_run_without_a_curve_ends_as_one_with_it(tmp_path, name):
+    "And is repeated as it was made. AdaHessian draws random numbers in its steps."
+    grid = {name: {"lr": [0.01]}}
+    ends, points = [], []
+    for curve in (True, False):
+        sweep = Sweep("digits-vit", [name], seeds=1, steps=48, grid=grid, curve=curve)
+        (run,) = run_sweep(sweep, tmp_path / str(curve), device="cpu")["runs"]
+        ends.append((run["final"], run["history"][0], run["history"][-1]["val_loss"]))
+        points.append([point["step"] for point in run["history"]])
+    assert ends[0] == ends[1] and points == [[*range(0, 49, 4)], [0, 48]]
+    old, new = repeat_run(run_path(tmp_path / "False", spec_of(run)), device="cpu")
+    assert new["final"] == old["final"] and [point["step"] for point in new["history"]] == [0, 48]
