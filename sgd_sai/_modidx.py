@@ -473,8 +473,8 @@ d = {
                 "analysis/paired_cells.html#pair_frame",
                 "sgd_sai/analysis/paired_cells.py",
             ),
-            "sgd_sai.analysis.paired_cells.plot_pairs": (
-                "analysis/paired_cells.html#plot_pairs",
+            "sgd_sai.analysis.paired_cells.plot_cell_pairs": (
+                "analysis/paired_cells.html#plot_cell_pairs",
                 "sgd_sai/analysis/paired_cells.py",
             ),
         },

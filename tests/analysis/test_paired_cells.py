@@ -2,7 +2,7 @@
 
 import pytest
 
-from sgd_sai.analysis.paired_cells import cell_pairs, pair_frame, plot_pairs
+from sgd_sai.analysis.paired_cells import cell_pairs, pair_frame, plot_cell_pairs
 from sgd_sai.analysis.rankings import Experiment
 from sgd_sai.experiments.tasks.registry import get_task
 
@@ -46,7 +46,7 @@ def test_the_figure_puts_the_second_below_and_what_does_not_fit_at_the_edge():
     both = [run(SIGN, 0.1, 0.70), run(ADAMW, 0.1, 0.68), run(SIGN, 0.2, 0.65), run(ADAMW, 0.2, 0.10)]
     digits = Experiment("x", get_task("digits-vit"), [], [both], None)
     text = Experiment("y", get_task("shakespeare-gpt"), [], [both], None)
-    first, second = plot_pairs([digits, text], [SIGN]).axes
+    first, second = plot_cell_pairs([digits, text], [SIGN]).axes
     x, y = first.lines[0].get_data()
     assert list(x) == pytest.approx([68, 60]) and list(y) == pytest.approx([70, 65])
     x, y = second.lines[0].get_data()
