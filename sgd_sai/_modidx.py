@@ -147,6 +147,38 @@ d = {
             ),
             "sgd_sai.adan_state.params_to_step": ("optimizers/adan_state.html#params_to_step", "sgd_sai/adan_state.py"),
         },
+        "sgd_sai.analysis.audit": {
+            "sgd_sai.analysis.audit.Audit": ("analysis/audit.html#audit", "sgd_sai/analysis/audit.py"),
+            "sgd_sai.analysis.audit._at_edges": ("analysis/audit.html#_at_edges", "sgd_sai/analysis/audit.py"),
+            "sgd_sai.analysis.audit._cells": ("analysis/audit.html#_cells", "sgd_sai/analysis/audit.py"),
+            "sgd_sai.analysis.audit._found_in_choice": (
+                "analysis/audit.html#_found_in_choice",
+                "sgd_sai/analysis/audit.py",
+            ),
+            "sgd_sai.analysis.audit._is_drawn": ("analysis/audit.html#_is_drawn", "sgd_sai/analysis/audit.py"),
+            "sgd_sai.analysis.audit._muon_option": ("analysis/audit.html#_muon_option", "sgd_sai/analysis/audit.py"),
+            "sgd_sai.analysis.audit._range": ("analysis/audit.html#_range", "sgd_sai/analysis/audit.py"),
+            "sgd_sai.analysis.audit._untuned_decay": (
+                "analysis/audit.html#_untuned_decay",
+                "sgd_sai/analysis/audit.py",
+            ),
+            "sgd_sai.analysis.audit.audit": ("analysis/audit.html#audit", "sgd_sai/analysis/audit.py"),
+            "sgd_sai.analysis.audit.audit_all": ("analysis/audit.html#audit_all", "sgd_sai/analysis/audit.py"),
+            "sgd_sai.analysis.audit.audit_frame": ("analysis/audit.html#audit_frame", "sgd_sai/analysis/audit.py"),
+            "sgd_sai.analysis.audit.comparisons": ("analysis/audit.html#comparisons", "sgd_sai/analysis/audit.py"),
+            "sgd_sai.analysis.audit.decay_per_step": (
+                "analysis/audit.html#decay_per_step",
+                "sgd_sai/analysis/audit.py",
+            ),
+            "sgd_sai.analysis.audit.differ": ("analysis/audit.html#differ", "sgd_sai/analysis/audit.py"),
+            "sgd_sai.analysis.audit.explanation": ("analysis/audit.html#explanation", "sgd_sai/analysis/audit.py"),
+            "sgd_sai.analysis.audit.has_muon": ("analysis/audit.html#has_muon", "sgd_sai/analysis/audit.py"),
+            "sgd_sai.analysis.audit.muon_parts": ("analysis/audit.html#muon_parts", "sgd_sai/analysis/audit.py"),
+            "sgd_sai.analysis.audit.rest_rate": ("analysis/audit.html#rest_rate", "sgd_sai/analysis/audit.py"),
+            "sgd_sai.analysis.audit.schedules": ("analysis/audit.html#schedules", "sgd_sai/analysis/audit.py"),
+            "sgd_sai.analysis.audit.setting_of": ("analysis/audit.html#setting_of", "sgd_sai/analysis/audit.py"),
+            "sgd_sai.analysis.audit.untrained": ("analysis/audit.html#untrained", "sgd_sai/analysis/audit.py"),
+        },
         "sgd_sai.analysis.claims": {
             "sgd_sai.analysis.claims._batch_claim": ("analysis/claims.html#_batch_claim", "sgd_sai/analysis/claims.py"),
             "sgd_sai.analysis.claims._control_claim": (
@@ -242,6 +274,36 @@ d = {
                 "sgd_sai/analysis/control.py",
             ),
             "sgd_sai.analysis.control.plot_pairs": ("analysis/control.html#plot_pairs", "sgd_sai/analysis/control.py"),
+        },
+        "sgd_sai.analysis.differences": {
+            "sgd_sai.analysis.differences.Difference": (
+                "analysis/differences.html#difference",
+                "sgd_sai/analysis/differences.py",
+            ),
+            "sgd_sai.analysis.differences.against_frame": (
+                "analysis/differences.html#against_frame",
+                "sgd_sai/analysis/differences.py",
+            ),
+            "sgd_sai.analysis.differences.difference": (
+                "analysis/differences.html#difference",
+                "sgd_sai/analysis/differences.py",
+            ),
+            "sgd_sai.analysis.differences.difference_frame": (
+                "analysis/differences.html#difference_frame",
+                "sgd_sai/analysis/differences.py",
+            ),
+            "sgd_sai.analysis.differences.difference_matrix": (
+                "analysis/differences.html#difference_matrix",
+                "sgd_sai/analysis/differences.py",
+            ),
+            "sgd_sai.analysis.differences.difference_text": (
+                "analysis/differences.html#difference_text",
+                "sgd_sai/analysis/differences.py",
+            ),
+            "sgd_sai.analysis.differences.verdict": (
+                "analysis/differences.html#verdict",
+                "sgd_sai/analysis/differences.py",
+            ),
         },
         "sgd_sai.analysis.grids": {
             "sgd_sai.analysis.grids._color_range": ("analysis/grids.html#_color_range", "sgd_sai/analysis/grids.py"),
@@ -390,11 +452,63 @@ d = {
                 "sgd_sai/analysis/gsnr_records.py",
             ),
         },
-        "sgd_sai.analysis.rankings": {
-            "sgd_sai.analysis.rankings.Difference": (
-                "analysis/rankings.html#difference",
-                "sgd_sai/analysis/rankings.py",
+        "sgd_sai.analysis.paired_cells": {
+            "sgd_sai.analysis.paired_cells.CellPair": (
+                "analysis/paired_cells.html#cellpair",
+                "sgd_sai/analysis/paired_cells.py",
             ),
+            "sgd_sai.analysis.paired_cells._by_cell": (
+                "analysis/paired_cells.html#_by_cell",
+                "sgd_sai/analysis/paired_cells.py",
+            ),
+            "sgd_sai.analysis.paired_cells._draw_pairs": (
+                "analysis/paired_cells.html#_draw_pairs",
+                "sgd_sai/analysis/paired_cells.py",
+            ),
+            "sgd_sai.analysis.paired_cells.cell_pairs": (
+                "analysis/paired_cells.html#cell_pairs",
+                "sgd_sai/analysis/paired_cells.py",
+            ),
+            "sgd_sai.analysis.paired_cells.pair_frame": (
+                "analysis/paired_cells.html#pair_frame",
+                "sgd_sai/analysis/paired_cells.py",
+            ),
+            "sgd_sai.analysis.paired_cells.plot_cell_pairs": (
+                "analysis/paired_cells.html#plot_cell_pairs",
+                "sgd_sai/analysis/paired_cells.py",
+            ),
+        },
+        "sgd_sai.analysis.rank_intervals": {
+            "sgd_sai.analysis.rank_intervals._common_names": (
+                "analysis/rank_intervals.html#_common_names",
+                "sgd_sai/analysis/rank_intervals.py",
+            ),
+            "sgd_sai.analysis.rank_intervals._intervals": (
+                "analysis/rank_intervals.html#_intervals",
+                "sgd_sai/analysis/rank_intervals.py",
+            ),
+            "sgd_sai.analysis.rank_intervals._mean_ranks": (
+                "analysis/rank_intervals.html#_mean_ranks",
+                "sgd_sai/analysis/rank_intervals.py",
+            ),
+            "sgd_sai.analysis.rank_intervals._ranks": (
+                "analysis/rank_intervals.html#_ranks",
+                "sgd_sai/analysis/rank_intervals.py",
+            ),
+            "sgd_sai.analysis.rank_intervals._values": (
+                "analysis/rank_intervals.html#_values",
+                "sgd_sai/analysis/rank_intervals.py",
+            ),
+            "sgd_sai.analysis.rank_intervals.plot_ranks": (
+                "analysis/rank_intervals.html#plot_ranks",
+                "sgd_sai/analysis/rank_intervals.py",
+            ),
+            "sgd_sai.analysis.rank_intervals.rank_frame": (
+                "analysis/rank_intervals.html#rank_frame",
+                "sgd_sai/analysis/rank_intervals.py",
+            ),
+        },
+        "sgd_sai.analysis.rankings": {
             "sgd_sai.analysis.rankings.Experiment": (
                 "analysis/rankings.html#experiment",
                 "sgd_sai/analysis/rankings.py",
@@ -405,6 +519,14 @@ d = {
             ),
             "sgd_sai.analysis.rankings.Experiment.setting": (
                 "analysis/rankings.html#experiment.setting",
+                "sgd_sai/analysis/rankings.py",
+            ),
+            "sgd_sai.analysis.rankings.Experiment.tuned": (
+                "analysis/rankings.html#experiment.tuned",
+                "sgd_sai/analysis/rankings.py",
+            ),
+            "sgd_sai.analysis.rankings._chosen_from": (
+                "analysis/rankings.html#_chosen_from",
                 "sgd_sai/analysis/rankings.py",
             ),
             "sgd_sai.analysis.rankings._draw_ranking": (
@@ -419,21 +541,10 @@ d = {
                 "analysis/rankings.html#_ranking_row",
                 "sgd_sai/analysis/rankings.py",
             ),
-            "sgd_sai.analysis.rankings.against_frame": (
-                "analysis/rankings.html#against_frame",
-                "sgd_sai/analysis/rankings.py",
-            ),
+            "sgd_sai.analysis.rankings._seeds": ("analysis/rankings.html#_seeds", "sgd_sai/analysis/rankings.py"),
             "sgd_sai.analysis.rankings.at_edge": ("analysis/rankings.html#at_edge", "sgd_sai/analysis/rankings.py"),
             "sgd_sai.analysis.rankings.at_measured_cost": (
                 "analysis/rankings.html#at_measured_cost",
-                "sgd_sai/analysis/rankings.py",
-            ),
-            "sgd_sai.analysis.rankings.difference": (
-                "analysis/rankings.html#difference",
-                "sgd_sai/analysis/rankings.py",
-            ),
-            "sgd_sai.analysis.rankings.difference_frame": (
-                "analysis/rankings.html#difference_frame",
                 "sgd_sai/analysis/rankings.py",
             ),
             "sgd_sai.analysis.rankings.extra_frame": (
@@ -441,6 +552,7 @@ d = {
                 "sgd_sai/analysis/rankings.py",
             ),
             "sgd_sai.analysis.rankings.finals": ("analysis/rankings.html#finals", "sgd_sai/analysis/rankings.py"),
+            "sgd_sai.analysis.rankings.is_frugal": ("analysis/rankings.html#is_frugal", "sgd_sai/analysis/rankings.py"),
             "sgd_sai.analysis.rankings.load_experiment": (
                 "analysis/rankings.html#load_experiment",
                 "sgd_sai/analysis/rankings.py",
@@ -467,7 +579,64 @@ d = {
                 "analysis/rankings.html#trained_parameters",
                 "sgd_sai/analysis/rankings.py",
             ),
-            "sgd_sai.analysis.rankings.verdict": ("analysis/rankings.html#verdict", "sgd_sai/analysis/rankings.py"),
+        },
+        "sgd_sai.analysis.rate_figures": {
+            "sgd_sai.analysis.rate_figures.RateCell": (
+                "analysis/rate_figures.html#ratecell",
+                "sgd_sai/analysis/rate_figures.py",
+            ),
+            "sgd_sai.analysis.rate_figures._Look": (
+                "analysis/rate_figures.html#_look",
+                "sgd_sai/analysis/rate_figures.py",
+            ),
+            "sgd_sai.analysis.rate_figures._as_good_as_before": (
+                "analysis/rate_figures.html#_as_good_as_before",
+                "sgd_sai/analysis/rate_figures.py",
+            ),
+            "sgd_sai.analysis.rate_figures._best": (
+                "analysis/rate_figures.html#_best",
+                "sgd_sai/analysis/rate_figures.py",
+            ),
+            "sgd_sai.analysis.rate_figures._decay_colors": (
+                "analysis/rate_figures.html#_decay_colors",
+                "sgd_sai/analysis/rate_figures.py",
+            ),
+            "sgd_sai.analysis.rate_figures._draw_cells": (
+                "analysis/rate_figures.html#_draw_cells",
+                "sgd_sai/analysis/rate_figures.py",
+            ),
+            "sgd_sai.analysis.rate_figures._draw_rates": (
+                "analysis/rate_figures.html#_draw_rates",
+                "sgd_sai/analysis/rate_figures.py",
+            ),
+            "sgd_sai.analysis.rate_figures._look": (
+                "analysis/rate_figures.html#_look",
+                "sgd_sai/analysis/rate_figures.py",
+            ),
+            "sgd_sai.analysis.rate_figures._rate_row": (
+                "analysis/rate_figures.html#_rate_row",
+                "sgd_sai/analysis/rate_figures.py",
+            ),
+            "sgd_sai.analysis.rate_figures._sign": (
+                "analysis/rate_figures.html#_sign",
+                "sgd_sai/analysis/rate_figures.py",
+            ),
+            "sgd_sai.analysis.rate_figures.plot_rates": (
+                "analysis/rate_figures.html#plot_rates",
+                "sgd_sai/analysis/rate_figures.py",
+            ),
+            "sgd_sai.analysis.rate_figures.rate_cells": (
+                "analysis/rate_figures.html#rate_cells",
+                "sgd_sai/analysis/rate_figures.py",
+            ),
+            "sgd_sai.analysis.rate_figures.rate_envelope": (
+                "analysis/rate_figures.html#rate_envelope",
+                "sgd_sai/analysis/rate_figures.py",
+            ),
+            "sgd_sai.analysis.rate_figures.rate_frame": (
+                "analysis/rate_figures.html#rate_frame",
+                "sgd_sai/analysis/rate_figures.py",
+            ),
         },
         "sgd_sai.analysis.report_runner": {
             "sgd_sai.analysis.report_runner._drop_counts": (
@@ -499,6 +668,63 @@ d = {
             "sgd_sai.analysis.tables.show_frames_as_markdown": (
                 "analysis/tables.html#show_frames_as_markdown",
                 "sgd_sai/analysis/tables.py",
+            ),
+        },
+        "sgd_sai.analysis.targets": {
+            "sgd_sai.analysis.targets._first_step": (
+                "analysis/targets.html#_first_step",
+                "sgd_sai/analysis/targets.py",
+            ),
+            "sgd_sai.analysis.targets._target_row": (
+                "analysis/targets.html#_target_row",
+                "sgd_sai/analysis/targets.py",
+            ),
+            "sgd_sai.analysis.targets._text": ("analysis/targets.html#_text", "sgd_sai/analysis/targets.py"),
+            "sgd_sai.analysis.targets.default_target": (
+                "analysis/targets.html#default_target",
+                "sgd_sai/analysis/targets.py",
+            ),
+            "sgd_sai.analysis.targets.steps_to_target": (
+                "analysis/targets.html#steps_to_target",
+                "sgd_sai/analysis/targets.py",
+            ),
+            "sgd_sai.analysis.targets.target_frame": (
+                "analysis/targets.html#target_frame",
+                "sgd_sai/analysis/targets.py",
+            ),
+            "sgd_sai.analysis.targets.target_texts": (
+                "analysis/targets.html#target_texts",
+                "sgd_sai/analysis/targets.py",
+            ),
+        },
+        "sgd_sai.analysis.transfer": {
+            "sgd_sai.analysis.transfer._draw_best_rates": (
+                "analysis/transfer.html#_draw_best_rates",
+                "sgd_sai/analysis/transfer.py",
+            ),
+            "sgd_sai.analysis.transfer._draw_powers": (
+                "analysis/transfer.html#_draw_powers",
+                "sgd_sai/analysis/transfer.py",
+            ),
+            "sgd_sai.analysis.transfer._loss_by_rate": (
+                "analysis/transfer.html#_loss_by_rate",
+                "sgd_sai/analysis/transfer.py",
+            ),
+            "sgd_sai.analysis.transfer._power": ("analysis/transfer.html#_power", "sgd_sai/analysis/transfer.py"),
+            "sgd_sai.analysis.transfer._powers_of_seeds": (
+                "analysis/transfer.html#_powers_of_seeds",
+                "sgd_sai/analysis/transfer.py",
+            ),
+            "sgd_sai.analysis.transfer._rates": ("analysis/transfer.html#_rates", "sgd_sai/analysis/transfer.py"),
+            "sgd_sai.analysis.transfer._vertex": ("analysis/transfer.html#_vertex", "sgd_sai/analysis/transfer.py"),
+            "sgd_sai.analysis.transfer.best_rate": ("analysis/transfer.html#best_rate", "sgd_sai/analysis/transfer.py"),
+            "sgd_sai.analysis.transfer.plot_transfer": (
+                "analysis/transfer.html#plot_transfer",
+                "sgd_sai/analysis/transfer.py",
+            ),
+            "sgd_sai.analysis.transfer.rate_table": (
+                "analysis/transfer.html#rate_table",
+                "sgd_sai/analysis/transfer.py",
             ),
         },
         "sgd_sai.analysis.verdicts": {
@@ -1238,6 +1464,9 @@ d = {
                 "sgd_sai/cli/train_commands.py",
             ),
         },
+        "sgd_sai.experiments.adams": {
+            "sgd_sai.experiments.adams.adams": ("experiments/adams.html#adams", "sgd_sai/experiments/adams.py")
+        },
         "sgd_sai.experiments.attempts": {
             "sgd_sai.experiments.attempts.Job": ("experiments/attempts.html#job", "sgd_sai/experiments/attempts.py"),
             "sgd_sai.experiments.attempts.Outcome": (
@@ -1623,12 +1852,22 @@ d = {
             ),
         },
         "sgd_sai.experiments.pack": {
+            "sgd_sai.experiments.pack._divided": ("experiments/pack.html#_divided", "sgd_sai/experiments/pack.py"),
+            "sgd_sai.experiments.pack._lines_of": ("experiments/pack.html#_lines_of", "sgd_sai/experiments/pack.py"),
             "sgd_sai.experiments.pack._own_files": ("experiments/pack.html#_own_files", "sgd_sai/experiments/pack.py"),
             "sgd_sai.experiments.pack._pack_lock": ("experiments/pack.html#_pack_lock", "sgd_sai/experiments/pack.py"),
             "sgd_sai.experiments.pack._pack_task": ("experiments/pack.html#_pack_task", "sgd_sai/experiments/pack.py"),
             "sgd_sai.experiments.pack._records": ("experiments/pack.html#_records", "sgd_sai/experiments/pack.py"),
+            "sgd_sai.experiments.pack._records_of_part": (
+                "experiments/pack.html#_records_of_part",
+                "sgd_sai/experiments/pack.py",
+            ),
             "sgd_sai.experiments.pack._remove_packed": (
                 "experiments/pack.html#_remove_packed",
+                "sgd_sai/experiments/pack.py",
+            ),
+            "sgd_sai.experiments.pack._write_parts": (
+                "experiments/pack.html#_write_parts",
                 "sgd_sai/experiments/pack.py",
             ),
             "sgd_sai.experiments.pack.pack": ("experiments/pack.html#pack", "sgd_sai/experiments/pack.py"),
@@ -1799,6 +2038,28 @@ d = {
                 "sgd_sai/experiments/progress.py",
             ),
         },
+        "sgd_sai.experiments.random_search": {
+            "sgd_sai.experiments.random_search._bounds": (
+                "experiments/random_search.html#_bounds",
+                "sgd_sai/experiments/random_search.py",
+            ),
+            "sgd_sai.experiments.random_search._rounded": (
+                "experiments/random_search.html#_rounded",
+                "sgd_sai/experiments/random_search.py",
+            ),
+            "sgd_sai.experiments.random_search._setting": (
+                "experiments/random_search.html#_setting",
+                "sgd_sai/experiments/random_search.py",
+            ),
+            "sgd_sai.experiments.random_search.draw_settings": (
+                "experiments/random_search.html#draw_settings",
+                "sgd_sai/experiments/random_search.py",
+            ),
+            "sgd_sai.experiments.random_search.read_ranges": (
+                "experiments/random_search.html#read_ranges",
+                "sgd_sai/experiments/random_search.py",
+            ),
+        },
         "sgd_sai.experiments.repeat": {
             "sgd_sai.experiments.repeat._threads": (
                 "experiments/repeat.html#_threads",
@@ -1920,8 +2181,20 @@ d = {
                 "experiments/runs.html#packed_lines",
                 "sgd_sai/experiments/runs.py",
             ),
+            "sgd_sai.experiments.runs.packed_part": (
+                "experiments/runs.html#packed_part",
+                "sgd_sai/experiments/runs.py",
+            ),
+            "sgd_sai.experiments.runs.packed_parts": (
+                "experiments/runs.html#packed_parts",
+                "sgd_sai/experiments/runs.py",
+            ),
             "sgd_sai.experiments.runs.packed_path": (
                 "experiments/runs.html#packed_path",
+                "sgd_sai/experiments/runs.py",
+            ),
+            "sgd_sai.experiments.runs.packed_tasks": (
+                "experiments/runs.html#packed_tasks",
                 "sgd_sai/experiments/runs.py",
             ),
             "sgd_sai.experiments.runs.read_run": ("experiments/runs.html#read_run", "sgd_sai/experiments/runs.py"),
@@ -1999,6 +2272,10 @@ d = {
             ),
             "sgd_sai.experiments.spread.Spread.__str__": (
                 "experiments/spread.html#spread.__str__",
+                "sgd_sai/experiments/spread.py",
+            ),
+            "sgd_sai.experiments.spread.Spread.interval": (
+                "experiments/spread.html#spread.interval",
                 "sgd_sai/experiments/spread.py",
             ),
             "sgd_sai.experiments.spread.Spread.scaled": (
@@ -2125,8 +2402,8 @@ d = {
                 "experiments/sweep.html#sweep.__post_init__",
                 "sgd_sai/experiments/sweep.py",
             ),
-            "sgd_sai.experiments.sweep._best_setting": (
-                "experiments/sweep.html#_best_setting",
+            "sgd_sai.experiments.sweep._best_of_ranks": (
+                "experiments/sweep.html#_best_of_ranks",
                 "sgd_sai/experiments/sweep.py",
             ),
             "sgd_sai.experiments.sweep._check_best_of": (
@@ -2155,6 +2432,7 @@ d = {
             ),
             "sgd_sai.experiments.sweep._lengths": ("experiments/sweep.html#_lengths", "sgd_sai/experiments/sweep.py"),
             "sgd_sai.experiments.sweep._lists": ("experiments/sweep.html#_lists", "sgd_sai/experiments/sweep.py"),
+            "sgd_sai.experiments.sweep._lr_rules": ("experiments/sweep.html#_lr_rules", "sgd_sai/experiments/sweep.py"),
             "sgd_sai.experiments.sweep._names": ("experiments/sweep.html#_names", "sgd_sai/experiments/sweep.py"),
             "sgd_sai.experiments.sweep._number": ("experiments/sweep.html#_number", "sgd_sai/experiments/sweep.py"),
             "sgd_sai.experiments.sweep._numbers": ("experiments/sweep.html#_numbers", "sgd_sai/experiments/sweep.py"),
@@ -2183,6 +2461,10 @@ d = {
                 "sgd_sai/experiments/sweep.py",
             ),
             "sgd_sai.experiments.sweep.run_sweep": ("experiments/sweep.html#run_sweep", "sgd_sai/experiments/sweep.py"),
+            "sgd_sai.experiments.sweep.top_of_runs": (
+                "experiments/sweep.html#top_of_runs",
+                "sgd_sai/experiments/sweep.py",
+            ),
         },
         "sgd_sai.experiments.sweep_results": {
             "sgd_sai.experiments.sweep_results._best_cells": (

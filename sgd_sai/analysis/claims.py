@@ -8,6 +8,7 @@ __all__ = [
     "BASELINE",
     "MEMORY",
     "LORA",
+    "MUON_PAGE",
     "VISION",
     "RESNET",
     "GPT",
@@ -15,6 +16,7 @@ __all__ = [
     "EVERYWHERE",
     "DIFFUSION",
     "TUNING",
+    "MUON",
     "ADAN",
     "ADAHESSIAN",
     "sgd_sai_training",
@@ -30,6 +32,19 @@ __all__ = [
 import json
 from collections import Counter
 
+from sgd_sai.analysis.verdicts import (
+    HOLDS,
+    NOT,
+    OPEN,
+    PART,
+    UNTESTED,
+    Claim,
+    at_least_even,
+    by_count,
+    compared,
+    holds_if,
+)
+
 from ..benchmarks.model_shapes import named_shapes
 from ..benchmarks.state_bytes import PAPER_MODELS
 from ..experiments.optimizer_entry import entry_buffers
@@ -37,13 +52,13 @@ from ..experiments.optimizers import get_optimizer
 from ..experiments.sweep_results import sweep_frame
 from .grids import tolerance
 from .rankings import phases, repository, sweep_runs
-from .verdicts import HOLDS, NOT, PART, UNTESTED, Claim, at_least_even, by_count, compared, holds_if
 
 # %% ../../nbs/analysis/claims.ipynb #3d1254a2
 TEN = "[ten optimizers](../reports/ten_optimizers.ipynb)"
 BASELINE = "[the baseline](../reports/is_the_baseline_fair.ipynb)"
 MEMORY = "[memory](../benchmarks/state_bytes.ipynb)"
 LORA = "[LoRA](../reports/finetuning.ipynb)"
+MUON_PAGE = "[Muon over tasks](../reports/muon_over_tasks.ipynb)"
 
 
 def _record(path):
@@ -81,6 +96,7 @@ VISION, RESNET, GPT = ["digits-vit/final", "fashion-vit/final"], "fashion-resnet
 TRANSFORMERS, EVERYWHERE = [*VISION, GPT], [*VISION, RESNET, GPT]
 DIFFUSION = ["fashion-ddpm/final", "fashion-ddpm-lora/final"]
 TUNING = ["minilm-sentiment/final", "lora-smollm2/final"]
+MUON = ["digits-vit/compare", "fashion-vit/compare", "fashion-resnet/compare"]
 
 
 def _resnet_claim() -> Claim:
@@ -90,14 +106,14 @@ def _resnet_claim() -> Claim:
         "ResNet: as good as SGDM, better than AdamW",
         "95.36 %, SGDM 95.26, AdamW 94.74 (ResNet-18, CIFAR-10)",
         f"against AdamW {against_adamw}; against SGDM {against_sgdm}",
-        by_count((better, even).count(HOLDS), 2),
+        by_count((better, even).count(HOLDS), 2, (better, even).count(OPEN)),
         TEN,
     )
 
 
 def _frozen_claim() -> Claim:
     text, said = compared("lora-smollm2/final", "sgd_sai", "authors")
-    ours, result = f"what an A that moves adds: {text}", NOT if said == "better" else PART
+    ours, result = f"what an A that moves adds: {text}", {"better": NOT, "open": OPEN}.get(said, PART)
     return Claim("The released code trains LoRA", "not said; A is frozen in it", ours, result, LORA)
 
 
@@ -107,7 +123,7 @@ def _sgdm_claim() -> Claim:
         "SGDM cannot train a transformer as SGD-SaI can",
         "63.80 % against 72.92 %",
         f"SGDM: {text}",
-        {HOLDS: NOT, PART: PART, NOT: HOLDS}[as_good],  # the claim is that it is not
+        {HOLDS: NOT, PART: PART, NOT: HOLDS, OPEN: OPEN}[as_good],  # the claim is that it is not
         f"{TEN}, {BASELINE}",
     )
 
@@ -318,11 +334,12 @@ def _control_claim() -> Claim:
         "The gradient does not matter: SGD-SaI is SGD with √n",
         "not asked",
         "; ".join(texts),
-        by_count(verdicts.count("even"), len(verdicts)),
+        by_count(verdicts.count("even"), len(verdicts), verdicts.count("open")),
         TEN,
     )
 
 
+# %% ../../nbs/analysis/claims.ipynb #8bafb7da
 def own_claims() -> list[Claim]:
     "Claims of this site."
     return [
@@ -334,10 +351,22 @@ def own_claims() -> list[Claim]:
             TEN,
         ),
         Claim(
-            "Muon + SGD-SaI as good as Muon + AdamW",
+            "Muon + SGD-SaI as good as Muon + AdamW, with the same decay of the same matrices",
             "",
-            *at_least_even(EVERYWHERE, "muon_sai", "muon_adamw"),
-            TEN,
+            *at_least_even(MUON, "muon_sai", "muon_adamw"),
+            MUON_PAGE,
+        ),
+        Claim(
+            "Muon + row norm, without any second moment, as good as Muon + AdamW",
+            "",
+            *at_least_even(MUON, "muon_sai:row_norm", "muon_adamw"),
+            MUON_PAGE,
+        ),
+        Claim(
+            "Muon + row norm better than AdamW",
+            "",
+            *at_least_even(MUON, "muon_sai:row_norm", "adamw", better=True),
+            MUON_PAGE,
         ),
     ]
 

@@ -4,20 +4,17 @@
 
 # %% auto #0
 __all__ = [
+    "STATE_COLORS",
     "repository",
     "sweep_runs",
     "finals",
     "at_edge",
     "trained_parameters",
     "ranking",
-    "Difference",
-    "difference",
-    "verdict",
     "Experiment",
     "load_experiment",
-    "difference_frame",
-    "against_frame",
     "extra_frame",
+    "is_frugal",
     "plot_ranking",
     "at_measured_cost",
     "plot_curves",
@@ -33,7 +30,7 @@ from typing import NamedTuple
 from ..benchmarks.training_step import step_cost_path
 from ..experiments.curves import plot_comparison
 from ..experiments.optimizers import optimizer_label
-from ..experiments.spread import Spread, paired_differences, spread
+from ..experiments.spread import spread
 from ..experiments.sweep import read_sweep
 from ..experiments.sweep_results import recorded_runs
 from ..experiments.tasks.registry import get_task
@@ -138,110 +135,58 @@ def ranking(
     )
 
 
-# %% ../../nbs/analysis/rankings.ipynb #d6ff428d
-class Difference(NamedTuple):
-    "How much better one optimizer is than another."
-
-    spread: Spread  # over the seeds that both have, in the unit of the metric
-    better: int  # seeds with which the first one is better
-
-
-def difference(
-    task: Task,
-    runs: list[dict],
-    first: str,  # registry names
-    second: str,
-) -> Difference:
-    "How much better `first` is than `second`, seed by seed."
-    sign = 1 if task.higher_is_better else -1
-    gaps = [sign * gap for gap in paired_differences(finals(task, runs, first), finals(task, runs, second))]
-    return Difference(spread(gaps), sum(gap > 0 for gap in gaps))
-
-
-def verdict(
-    gap: Spread,  # of a difference
-    close: float,  # difference that counts as none, in the unit of the metric
-) -> str:  # 'better', 'worse' or 'even'
-    "Better or worse when the difference is larger than `close` and than twice its standard error, else even."
-    if math.isnan(gap.standard_error) or abs(gap.mean) <= max(close, 2 * gap.standard_error):
-        return "even"
-    return "better" if gap.mean > 0 else "worse"
-
-
 # %% ../../nbs/analysis/rankings.ipynb #24fa4b41
 class Experiment(NamedTuple):
-    "The best cells of a grid over seeds, the grid, and what a step costs."
+    "The best cells over seeds, the sweeps that they were chosen from, and what a step costs."
 
     name: str  # of the sweep of best cells
     task: Task
     runs: list[dict]  # of the best cells
-    tuned: list[dict]  # of the grid that they were chosen from
+    stages: list[list[dict]]  # runs of the sweeps that they were chosen from, the first one first
     costs: dict | None  # a record of `sgd-sai cost`
+
+    @property
+    def tuned(self) -> list[dict]:
+        "The runs that were made to choose the best cells."
+        return [run for stage in self.stages for run in stage]
 
     def ranking(self):
         "The table of `ranking`."
         return ranking(self.task, self.runs, self.tuned, self.costs)
 
     def setting(self) -> str:
-        "Steps and seeds of both sweeps, in words."
-        seeds, tuning_seeds = (len({run["seed"] for run in runs}) for runs in (self.runs, self.tuned))
-        tuning = f"{self.tuned[0]['steps']:,} steps and {tuning_seeds} seed{'s' * (tuning_seeds > 1)}"
-        return f"{self.runs[0]['steps']:,} steps, {seeds} seeds; tuned with {tuning}"
+        "Steps and seeds of all sweeps, in words."
+        stages = [f"{stage[0]['steps']:,} steps and {_seeds(stage)}" for stage in self.stages]
+        return f"{self.runs[0]['steps']:,} steps, {_seeds(self.runs)}; tuned with {', then '.join(stages)}"
+
+
+def _seeds(runs: list[dict]) -> str:
+    count = len({run["seed"] for run in runs})
+    return f"{count} seed{'s' * (count > 1)}"
+
+
+# %% ../../nbs/analysis/rankings.ipynb #e36770d2
+def _chosen_from(name: str, root: Path) -> list[str]:  # the nearest first
+    "The sweep that a sweep chooses its settings from, the one that this one chooses from, and so on."
+    import yaml
+
+    path, names = root / "sweeps" / f"{name}.yaml", []
+    while other := yaml.safe_load(path.read_text(encoding="utf-8")).get("best_of"):
+        path = path.with_name(other)
+        names.append(path.relative_to(root / "sweeps").with_suffix("").as_posix())
+    return names
 
 
 def load_experiment(
     name: str,  # path of a file below sweeps/ that has `best_of`, without .yaml
     root=None,  # of the repository; None: found
 ) -> Experiment:
-    "A sweep of best cells and the one that it says tuned it. Raises as `sweep_runs` does."
-    import yaml
-
+    "A sweep of best cells and those that it says tuned it. Raises as `sweep_runs` does."
     root = Path(root or repository())
-    path = root / "sweeps" / f"{name}.yaml"
-    tuning = path.with_name(yaml.safe_load(path.read_text(encoding="utf-8"))["best_of"])
     task, runs = sweep_runs(name, root)
-    tuned = sweep_runs(tuning.relative_to(root / "sweeps").with_suffix("").as_posix(), root)[1]
+    stages = [sweep_runs(chosen_from, root)[1] for chosen_from in reversed(_chosen_from(name, root))]
     costs = step_cost_path(root / "results", task.name)
-    return Experiment(name, task, runs, tuned, json.loads(costs.read_text()) if costs.exists() else None)
-
-
-# %% ../../nbs/analysis/rankings.ipynb #164d83e6
-def difference_frame(
-    experiments: list[Experiment],
-    first: str,  # registry names
-    second: str,
-):  # DataFrame: a line per experiment
-    "`difference` and `verdict` on several tasks, in the unit of each."
-    import pandas as pd
-
-    rows = []
-    for each in experiments:
-        gap, unit = difference(each.task, each.runs, first, second), each.task.unit
-        shown = gap.spread.scaled(unit.scale)
-        rows.append(
-            {
-                "task": each.task.name,
-                "unit": unit.name,
-                "mean": round(shown.mean, unit.digits + 1),
-                "std": round(shown.std, unit.digits + 1),
-                "better": f"{gap.better} of {shown.n}",
-                "verdict": verdict(gap.spread, unit.close),
-            }
-        )
-    return pd.DataFrame(rows).set_index("task")
-
-
-# %% ../../nbs/analysis/rankings.ipynb #4c1aa490
-def against_frame(
-    experiments: list[Experiment],
-    first: str,  # registry name
-    others: tuple[str, ...],  # registry names
-):  # DataFrame: a line per other optimizer and experiment
-    "`difference_frame` of one optimizer against each of several."
-    import pandas as pd
-
-    frames = {optimizer_label(name): difference_frame(experiments, first, name) for name in others}
-    return pd.concat(frames, names=[f"{optimizer_label(first)} against"])
+    return Experiment(name, task, runs, stages, json.loads(costs.read_text()) if costs.exists() else None)
 
 
 # %% ../../nbs/analysis/rankings.ipynb #2ec9ef4f
@@ -259,17 +204,26 @@ def extra_frame(
     return pd.DataFrame(rows).groupby("optimizer", sort=False).agg(["mean", "std"])
 
 
+# %% ../../nbs/analysis/rankings.ipynb #3003e6d1
+STATE_COLORS = {True: ACCENT, False: "#1D4ED8"}  # by is_frugal
+
+
+def is_frugal(
+    run: dict,  # a run record
+    frugal: float = 1.1,  # up to this many times the bytes of the parameters, state counts as one momentum
+) -> bool:
+    "True if the optimizer keeps one momentum or less."
+    return run["state_bytes"] <= frugal * 4 * trained_parameters(run)
+
+
 # %% ../../nbs/analysis/rankings.ipynb #c2304305
-_MORE_STATE = "#1D4ED8"
-
-
 def _draw_ranking(ax, task: Task, runs: list[dict], frugal: float):
     "The panel of one task."
     frame, scale = ranking(task, runs, runs), task.unit.scale
     by_label = {optimizer_label(run["optimizer"]): run for run in runs}
     for y, label in enumerate(reversed(frame.index)):
         run = by_label[label]
-        color = ACCENT if run["state_bytes"] <= frugal * 4 * trained_parameters(run) else _MORE_STATE
+        color = STATE_COLORS[is_frugal(run, frugal)]
         values = [scale * value for value in finals(task, runs, run["optimizer"]).values()]
         ax.plot(values, [y] * len(values), "o", color=color, alpha=0.5, markersize=4)
         if values:

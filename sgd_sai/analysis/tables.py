@@ -16,9 +16,11 @@ def _texts(series) -> list[str]:
     "The values of a column as pandas prints them, strings in full; what is missing is empty."
     import pandas as pd
 
+    if not len(series):
+        return []
     with pd.option_context("display.max_colwidth", None):
-        text = series.to_string(index=False, header=False, na_rep="") if len(series) else ""
-    return [_cell(line) for line in text.split("\n")] if text else []
+        text = series.to_string(index=False, header=False, na_rep="")
+    return [_cell(line) for line in text.split("\n")]
 
 
 def _columns_of(frame) -> list[tuple[str, list[str], bool]]:  # heading, cells, numeric

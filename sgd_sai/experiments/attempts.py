@@ -26,6 +26,7 @@ class Job(NamedTuple):
     device: str | None = None  # 'cpu' or 'cuda'; None: a GPU when there is one
     fresh: bool = False  # train again what has been trained
     tracking: Tracking | None = None  # which trackers follow the runs
+    curve: bool = True  # as in train
 
 
 class Outcome(NamedTuple):
@@ -96,7 +97,7 @@ def train_run(
             f"the data of {task.name} in this process or on this machine are others ({data.digest}) "
             f"than those that the run was defined with ({spec.data})"
         )
-    return train(task, data, spec, job.device, on_step, tracking=job.tracking)
+    return train(task, data, spec, job.device, on_step, tracking=job.tracking, curve=job.curve)
 
 
 def attempt(

@@ -47,6 +47,7 @@ TRAINING_NAMES = (
     "muon_adamw",
     "adam_mini",
     "authors",
+    "adams",
 )
 FAMILIES = {"po:NAME": "any optimizer of pytorch_optimizer", "scaled:RULE": "a scale at initialization"}
 

@@ -28,6 +28,7 @@ from ..internals.figure_style import ACCENT, MUTED
 from ..muon_sai import MuonSaI
 from ..sgd_sai import SGDSaI
 from . import state_rules as rules
+from .adams import adams
 from .optimizer_entry import Later, OptimizerEntry, StepBenchmark, Traffic, variant
 from .peers import adam_mini_settings, authors_sgd_sai, po_optimizer
 
@@ -39,6 +40,7 @@ _MOMENTUM = Traffic("pgm", "pm")
 _LOOP = {"foreach": False, "fused": False}
 _BENCHMARK = dict(uses=("benchmark",))
 _STATE = dict(uses=("state",))
+_ONE_BUFFER = rules.per_parameter(["momentum_buffer"])
 
 _sgd_sai = OptimizerEntry(
     "sgd_sai",
@@ -135,7 +137,7 @@ _sgdm = OptimizerEntry(
     MUTED,
     settings={"momentum": 0.9},
     training=_FUSED,
-    state=rules.per_parameter(["momentum_buffer"]),
+    state=_ONE_BUFFER,
     traffic=_MOMENTUM,
     benchmark=StepBenchmark("sgd-fused", "torch SGD, fused", settings=_FUSED | _NO_DECAY),
 )
@@ -247,7 +249,7 @@ ENTRIES += [
             label,
             {"rest": rest} | ({"adjust_lr": "spectral_unclamped"} if rest == "scion" else {}),
             color=color,
-            state=rules.muon_rule(rules.per_parameter(["momentum_buffer"])),
+            state=rules.muon_rule(_ONE_BUFFER),
             uses=("training", "state"),
         )
         for rest, (label, color) in _RESTS.items()
@@ -268,7 +270,7 @@ ENTRIES += [
     ),
 ]
 _GPT = dict(from_named=groups_by_length, benchmark=StepBenchmark(usual=False), **_BENCHMARK)
-_RULES = dict.fromkeys(("sign", "row_norm", "adams"), rules.per_parameter(["momentum_buffer"]))
+_RULES = dict.fromkeys(("sign", "row_norm", "adams"), _ONE_BUFFER)
 _RULES["sgd_sai"] = rules.muon_rule(rules.sgd_sai_rule, is_hidden_shape)
 if hasattr(torch.optim, "Muon"):
     ENTRIES += [
@@ -335,6 +337,9 @@ ENTRIES += [
 # %% ../../nbs/experiments/optimizer_entries.ipynb #83c01460
 ENTRIES += [
     _po("Lion", color="#4D7C0F", state=rules.per_parameter(["exp_avg"]), **_STATE),
+    _po("SignSGD", label="Signum", color="#A3A30D", state=_ONE_BUFFER, **_STATE),
+    _po("SCION", label="Scion", color="#78350F", state=rules.per_parameter(["d"]), **_STATE),
+    OptimizerEntry("adams", adams, "AdamS", "#0EA5E9", state=_ONE_BUFFER, uses=("training", "state")),
     _po(
         "Prodigy",
         color="#0369A1",

@@ -44,4 +44,4 @@ def repeat_run(
     if data.digest != spec.data:
         raise UsageError(f"{place} is a run on other data ({spec.data}) than those found here ({data.digest})")
     with _threads(old["environment"]["threads"]):
-        return old, train(task, data, spec, device, on_step)
+        return old, train(task, data, spec, device, on_step, curve=len(old["history"]) > 2)

@@ -16,6 +16,9 @@ __all__ = [
     "run_lock",
     "remove_partial_files",
     "packed_path",
+    "packed_part",
+    "packed_parts",
+    "packed_tasks",
     "packed_lines",
     "load_run",
     "load_runs",
@@ -213,10 +216,37 @@ def packed_path(
     folder,  # root of the run files
     task: str,  # name of the task
 ) -> Path:  # FOLDER/TASK.jsonl
-    "Where the packed runs of a task belong."
+    "Where the packed runs of a task belong; what does not fit into this file is in those of `packed_parts`."
     return Path(folder) / f"{task}.jsonl"
 
 
+def packed_part(
+    path: Path,  # FOLDER/TASK.jsonl
+    number: int,  # from 1
+) -> Path:  # FOLDER/TASK.jsonl, FOLDER/TASK+2.jsonl, ...; no task has a name with a plus
+    "The file of one part."
+    return path if number == 1 else path.with_name(f"{path.stem}+{number}.jsonl")
+
+
+def packed_parts(
+    path: Path,  # FOLDER/TASK.jsonl
+) -> list[Path]:  # in order; empty when there is none
+    "The files in which the packed runs of a task are."
+    parts = []
+    while packed_part(path, len(parts) + 1).exists():
+        parts.append(packed_part(path, len(parts) + 1))
+    return parts
+
+
+def packed_tasks(
+    folder,  # root of the run files
+) -> list[str]:
+    "The tasks that have a packed file, sorted."
+    stems = {path.stem for path in Path(folder).glob("*.jsonl")}
+    return sorted(stem for stem in stems if "+" not in stem)
+
+
+# %% ../../nbs/experiments/runs.ipynb #4828f5a2
 def _read_file(path: Path) -> dict | None:
     "The run in a file of its own, if it can be read; a file that is no run, with a warning, is none."
     try:
@@ -241,13 +271,14 @@ def _lines_of_version(path: Path, modified: int, size: int) -> dict[str, str]:
 
 def packed_lines(
     path,  # FOLDER/TASK.jsonl
-) -> dict[str, str]:  # key -> line, in the order of the file
-    "The lines of a packed file by the keys of their runs; none when there is no such file."
-    try:
-        stat = Path(path).stat()
-    except FileNotFoundError:
-        return {}
-    return _lines_of_version(Path(path).absolute(), stat.st_mtime_ns, stat.st_size)
+) -> dict[str, str]:  # key -> line, in the order of the files
+    "The lines of a packed file and of its further parts by the keys of their runs; none when there is no such file."
+    lines = {}
+    for part in packed_parts(Path(path)):
+        with suppress(FileNotFoundError):  # another process has unpacked it
+            stat = part.stat()
+            lines |= _lines_of_version(part.absolute(), stat.st_mtime_ns, stat.st_size)
+    return lines
 
 
 # %% ../../nbs/experiments/runs.ipynb #ca1fe245
@@ -271,9 +302,9 @@ def load_runs(
 ) -> list[dict]:  # by task and key
     "All finished runs of `folder`, in either form."
     runs = {}
-    for path in Path(folder).glob(f"{task or '*'}.jsonl"):
-        for key, line in packed_lines(path).items():
-            runs[path.stem, key] = from_json(line)
+    for name in packed_tasks(folder) if task is None else [task]:
+        for key, line in packed_lines(packed_path(folder, name)).items():
+            runs[name, key] = from_json(line)
     for path in Path(folder).glob(f"{task or '*'}/{'[0-9a-f]' * 16}.json"):  # records of other kinds have other names
         if run := _read_file(path):
             runs[path.parent.name, path.stem] = run

@@ -25,6 +25,16 @@ class Spread(NamedTuple):
         "Standard error of the mean, std / sqrt(n); nan for fewer than two values."
         return self.std / math.sqrt(self.n) if self.n > 1 else math.nan
 
+    def interval(
+        self,
+        level: float = 0.95,  # of confidence
+    ) -> tuple[float, float]:  # low and high; nan for fewer than two values
+        "Confidence interval of the mean, by Student's t with n - 1 degrees of freedom: it takes the values as normal."
+        from scipy.stats import t
+
+        half = t.ppf((1 + level) / 2, self.n - 1) * self.standard_error if self.n > 1 else math.nan
+        return self.mean - half, self.mean + half
+
     def scaled(
         self,
         factor: float,  # e.g. 100, for percent
@@ -41,6 +51,7 @@ class Spread(NamedTuple):
         return format(self, ".4g")
 
 
+# %% ../../nbs/experiments/spread.ipynb #3a2027e7
 def spread(
     values: Iterable[float],  # one per seed
 ) -> Spread:

@@ -284,10 +284,10 @@ def _sizes(model: nn.Module) -> dict:
 
 
 # %% ../../nbs/experiments/train.ipynb #35b18675
-def _run_steps(run: Training, on_step: Callable, on_gradients: Callable) -> tuple[str, _Record]:
+def _run_steps(run: Training, on_step: Callable, on_gradients: Callable, curve: bool) -> tuple[str, _Record]:
     "Train to the end, or until something is not finite; the status and the record."
     spec = run.spec
-    every = max(1, round(spec.steps * run.task.eval_every / run.task.steps))
+    every = max(1, round(spec.steps * run.task.eval_every / run.task.steps)) if curve else spec.steps
     metrics = run.evaluate()
     record = _Record(metrics)
     for step in range(1, spec.steps + 1):
@@ -309,11 +309,13 @@ def _run_steps(run: Training, on_step: Callable, on_gradients: Callable) -> tupl
 
 
 # %% ../../nbs/experiments/train.ipynb #bfa94c71
-def _train(task: Task, data: Data, spec: RunSpec, accelerator, on_step: Callable, on_gradients: Callable) -> dict:
+def _train(
+    task: Task, data: Data, spec: RunSpec, accelerator, on_step: Callable, on_gradients: Callable, curve: bool
+) -> dict:
     "`train` with an accelerator."
     run = _prepare(task, data, spec, accelerator)
     run.model.train()
-    status, record = _run_steps(run, on_step, on_gradients)
+    status, record = _run_steps(run, on_step, on_gradients, curve)
     extra = task.extra(run.bare_model.eval(), data) if task.extra and status == "finished" else {}
     return {
         "status": status,
@@ -341,6 +343,7 @@ def train(
     on_step: Callable = ignore,  # called with step, loss and metrics after every step, e.g. to move a progress bar
     on_gradients: Callable = ignore,  # called with step and model before clipping; its time counts as the step's
     tracking: Tracking | None = None,  # which trackers follow the run, see trackers
+    curve: bool = True,  # evaluate during the run as well, not only before and after it
 ) -> dict:  # status, history, best, final, extra, seconds, ms_per_step, state_bytes, parameters, trained, environment
     """Train one model once. A run that stops being finite has status 'diverged'.
 
@@ -349,4 +352,4 @@ def train(
     settings = dict(log_with=list(tracking.names), project_dir=str(folder)) if tracking else {}
     accelerator = make_accelerator(spec.precision, device, **settings)
     with tracked(accelerator, spec, folder):
-        return _train(task, data, spec, accelerator, on_step, on_gradients)
+        return _train(task, data, spec, accelerator, on_step, on_gradients, curve)

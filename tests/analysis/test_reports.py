@@ -10,13 +10,12 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
+from sgd_sai.analysis.differences import difference, difference_frame, difference_matrix, verdict
 from sgd_sai.analysis.grids import grid_of, plot_grids, tolerance
 from sgd_sai.analysis.rankings import (
     Experiment,
     at_edge,
     at_measured_cost,
-    difference,
-    difference_frame,
     extra_frame,
     load_experiment,
     phases,
@@ -24,7 +23,6 @@ from sgd_sai.analysis.rankings import (
     plot_ranking,
     ranking,
     repository,
-    verdict,
 )
 from sgd_sai.analysis.report_runner import report_notebooks
 from sgd_sai.analysis.tables import markdown_table
@@ -33,6 +31,7 @@ from sgd_sai.experiments.runs import load_runs, run_path, spec_of
 from sgd_sai.experiments.spread import Spread
 from sgd_sai.experiments.sweep import read_sweep, run_sweep
 from sgd_sai.experiments.tasks.registry import get_task
+from sgd_sai.experiments.tasks.task import POINTS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -164,9 +163,8 @@ def test_ranking_and_differences_are_those_of_the_runs():
         and gap.spread.std == pytest.approx(0.0707, abs=1e-4)
         and (gap.spread.n, gap.better) == (2, 2)
     )
-    assert verdict(gap.spread, 0.01) == "better"
-    assert verdict(difference(task, runs, "sgd_sai", "adamw").spread, 0.01) == "worse"
-    assert verdict(Spread(0.02, 0.05, 3), 0.01) == "even"  # as large as its noise
+    assert verdict(gap.spread, POINTS) == "open"  # two seeds, and t is 12.7
+    assert verdict(Spread(0.02, 0.05, 3), POINTS) == "open"  # as large as its noise
     assert at_edge(runs, "sgd_sai", 0.01) == "low" and phases(task, runs).loc["AdamW", "50%"] == pytest.approx(0.425)
     assert len(plot_ranking([(task, runs)]).axes) == 1
 
@@ -208,6 +206,12 @@ def test_an_experiment_finds_its_grid_and_its_costs(site, tmp_path):
         and found.setting() == "6 steps, 2 seeds; tuned with 6 steps and 2 seeds"
     )
     assert list(found.ranking().cells) == [1, 1] and len(plot_curves(found).axes) == 2  # no time without a measurement
+    (root / "sweeps/better.yaml").write_text(
+        "task: digits-vit\noptimizers: [adamw]\nseeds: 1\nsteps: 6\nbest_of: best.yaml\n"
+    )
+    twice = load_experiment("better", root)  # chosen from what was chosen
+    assert [len(stage) for stage in twice.stages] == [4, 4] and len(twice.tuned) == 8
+    assert twice.setting() == "6 steps, 1 seed; tuned with 6 steps and 2 seeds, then 6 steps and 2 seeds"
     (root / "results/costs").mkdir()
     (root / "results/costs/digits-vit.json").write_text(
         json.dumps({"optimizers": {"adamw": {"ms": {"median": 500.0}, "ratio": {"median": 2.0}}}})
@@ -227,27 +231,35 @@ def test_an_experiment_finds_its_grid_and_its_costs(site, tmp_path):
 def test_differences_and_extras_are_tables_over_tasks_and_seeds():
     digits, text = get_task("digits-vit"), get_task("shakespeare-gpt")
     runs = (
-        fabricated("sgd_sai", [0.50, 0.70])
-        + fabricated("adamw", [0.80, 0.90])
+        fabricated("sgd_sai", [0.50, 0.60, 0.70])
+        + fabricated("adamw", [0.75, 0.85, 0.95])
         + fabricated("adan", [0.1], status="diverged")
     )
     losses = [run | {"final": {"val_loss": run["final"]["accuracy"]}} for run in runs]
     frame = difference_frame(
-        [Experiment("a", digits, runs, runs, None), Experiment("b", text, losses, losses, None)], "adamw", "sgd_sai"
+        [Experiment("a", digits, runs, [runs], None), Experiment("b", text, losses, [losses], None)], "adamw", "sgd_sai"
     )
     assert (
         frame.loc["digits-vit", "unit"] == "points"
         and frame.loc["digits-vit", "mean"] == pytest.approx(25)
         and frame.loc["digits-vit", "verdict"] == "better"
-        and frame.loc["digits-vit", "better"] == "2 of 2"
+        and frame.loc["digits-vit", "better"] == "3 of 3"
     )
     assert (
         frame.loc["shakespeare-gpt", "unit"] == "nats"
         and frame.loc["shakespeare-gpt", "mean"] == pytest.approx(-0.25)
         and frame.loc["shakespeare-gpt", "verdict"] == "worse"
     )
+    table = difference_matrix(
+        [Experiment("a", digits, runs, [runs], None), Experiment("b", text, losses, [losses], None)],
+        ["adamw", "adan", "po:Lion"],
+        "sgd_sai",
+    )
+    assert table.loc["digits-vit", "AdamW"] == "+25.00 [+25.00, +25.00] better" and list(table["Lion"]) == ["", ""]
+    assert table.loc["shakespeare-gpt", "AdamW"] == "-0.250 [-0.250, -0.250] worse"
+    assert table.loc["digits-vit", "Adan"] == "+nan [+nan, +nan] open"  # it diverged
     extras = extra_frame([run | {"extra": {"bleu": 1.0 + run["seed"]}} for run in runs], ["bleu"])
-    assert list(extras.index) == ["SGD-SaI", "AdamW"] and extras.loc["AdamW", ("bleu", "mean")] == 1.5
+    assert list(extras.index) == ["SGD-SaI", "AdamW"] and extras.loc["AdamW", ("bleu", "mean")] == 2.0
 
 
 def test_a_claim_is_held_against_every_task(monkeypatch):
@@ -266,15 +278,22 @@ def test_a_claim_is_held_against_every_task(monkeypatch):
     sweeps = {
         "up": (digits, fabricated("sgd_sai", [0.95, 0.96, 0.97]) + adamw),
         "even": (digits, fabricated("sgd_sai", [0.901, 0.912, 0.921]) + adamw),
+        "open": (digits, fabricated("sgd_sai", [0.90, 0.93, 0.92]) + adamw),
         "down": (gpt, loss("sgd_sai", [1.9, 1.91, 1.92]) + loss("adamw", [1.8, 1.81, 1.82])),
         "small": (ddpm, loss("sgd_sai", [0.1, 0.1, 0.1]) + loss("adamw", [0.095, 0.096, 0.095])),
     }
     monkeypatch.setattr(verdicts, "sweep_runs", sweeps.get)
-    assert verdicts.compared("up", "sgd_sai", "adamw") == ("+5.00 ± 0.00 points (digits-vit, 3 seeds)", "better")
+    assert verdicts.compared("up", "sgd_sai", "adamw") == (
+        "+5.00 [+5.00, +5.00] points (digits-vit, 3 seeds)",
+        "better",
+    )
     assert verdicts.compared("even", "sgd_sai", "adamw")[1] == "even"
-    assert verdicts.compared("down", "sgd_sai", "adamw") == ("-0.100 ± 0.000 nats (shakespeare-gpt, 3 seeds)", "worse")
+    assert verdicts.compared("down", "sgd_sai", "adamw") == (
+        "-0.100 [-0.100, -0.100] nats (shakespeare-gpt, 3 seeds)",
+        "worse",
+    )
     assert verdicts.compared("small", "sgd_sai", "adamw") == (
-        "-0.0047 ± 0.0006 squared error (fashion-ddpm, 3 seeds)",
+        "-0.0047 [-0.0061, -0.0032] squared error (fashion-ddpm, 3 seeds)",
         "worse",
     )
 
@@ -285,6 +304,12 @@ def test_a_claim_is_held_against_every_task(monkeypatch):
         verdicts.HOLDS,
         verdicts.PART,
         verdicts.NOT,
+    )
+    assert (said("up", "open"), said("up", "down", "open"), said("down", "open"), said("open")) == (
+        verdicts.OPEN,
+        verdicts.PART,
+        verdicts.NOT,
+        verdicts.OPEN,
     )
     assert [
         verdicts.at_least_even(names, "sgd_sai", "adamw", better=True)[1]
@@ -310,11 +335,16 @@ def test_of_equal_accuracies_the_lower_loss_is_the_best(tmp_path):
     for run in runs:
         run["final"] = final[run["hyperparameters"]["lr"]]
         run_path(tmp_path, spec_of(run)).write_text(json.dumps(run))
-    assert best_settings(sweep, task.load(), tmp_path)["sgdm"]["lr"] == 0.1 and best_of_runs(task, runs)["sgdm"] == {
+    assert best_settings(sweep, task.load(), tmp_path)["sgdm"][0]["lr"] == 0.1 and best_of_runs(task, runs)["sgdm"] == {
         "lr": 0.1,
         "weight_decay": 0.0,
     }
     assert rank_of(task, runs[0] | {"status": "diverged"}) is None
+
+
+def test_a_column_of_empty_texts_is_empty():
+    assert markdown_table(pd.DataFrame({"a": [1], "b": [""]})).split("\n")[-1] == "| 1 |  |"
+    assert markdown_table(pd.DataFrame({"a": [], "b": []})).split("\n") == ["| a | b |", "| ---: | ---: |"]
 
 
 def test_tables_are_markdown_with_the_digits_of_pandas():

@@ -9,8 +9,8 @@ import torch
 from run_files import outcome
 
 from sgd_sai.analysis.control import SCALES, Pairing, one_per_task
+from sgd_sai.analysis.differences import verdict
 from sgd_sai.analysis.grids import tolerance
-from sgd_sai.analysis.rankings import verdict
 from sgd_sai.experiments import peers, train
 from sgd_sai.experiments.compare import summary_frame
 from sgd_sai.experiments.run_specs import make_spec
@@ -18,7 +18,7 @@ from sgd_sai.experiments.runs import RunSpec, load_run, save_run
 from sgd_sai.experiments.spread import Spread
 from sgd_sai.experiments.sweep import Sweep, best_of_runs, expand
 from sgd_sai.experiments.tasks.registry import get_task
-from sgd_sai.experiments.tasks.task import digest
+from sgd_sai.experiments.tasks.task import POINTS, digest
 
 
 @pytest.fixture(scope="module")
@@ -184,15 +184,18 @@ def test_of_each_task_the_pair_of_settings_that_ends_best_is_shown(name, chosen)
     assert [pair.hyperparameters["lr"] for pair in one_per_task(pairs)] == [chosen]
 
 
-@pytest.mark.parametrize("mean, std, n, close, said", [
-    (0.02, 0.02, 4, 0.01, "even"),  # twice the standard error is as much
-    (0.021, 0.02, 4, 0.01, "better"),
-    (-0.021, 0.02, 4, 0.01, "worse"),
-    (0.01, 0.001, 4, 0.01, "even"),
-    (0.5, float("nan"), 1, 0.01, "even"),
+@pytest.mark.parametrize("mean, std, n, said", [  # t is 3.182 for four values, so half of the interval is 1.591 std
+    (0.0131, 0.008, 4, "better"),
+    (-0.0131, 0.008, 4, "worse"),
+    (0.0125, 0.008, 4, "open"),  # 0 is within the interval
+    (0.003, 0.001, 4, "even"),  # for certain more than 0, and no more than what counts as none
+    (0.0031, 0.001, 4, "better"),
+    (0.0, 0.0043, 4, "even"),
+    (0.0, 0.0045, 4, "open"),  # up to 0.72 points either way
+    (0.5, float("nan"), 1, "open"),
 ])  # fmt: skip
-def test_a_difference_counts_beyond_twice_its_standard_error(mean, std, n, close, said):
-    assert verdict(Spread(mean, std, n), close) == said
+def test_a_difference_is_told_by_its_interval(mean, std, n, said):
+    assert verdict(Spread(mean, std, n), POINTS) == said
 
 
 # --- whose code is compared ------------------------------------------------------------------------------------------

@@ -34,7 +34,7 @@ SHAPES = {"embed.weight": (6, 4), "weight": (7, 3), "bias": (5,), "kernel": (4, 
 # The names that training, the table of state and the benchmark know; before there was one registry, each had a list.
 RESTS = [f"muon_sai:{rest}" for rest in ("sign", "row_norm", "adams", "scion")]
 TRAINING = "sgd_sai sgd_sai_sqrtn sgdm adamw adan adahessian muon_sai".split()
-TRAINING += [*RESTS, "muon_adamw", "adam_mini", "authors"]
+TRAINING += [*RESTS, "muon_adamw", "adam_mini", "authors", "adams"]
 STATE = """
     sgd_sai sgd_sai_sqrtn sgd_sai_bf16 sgd_sai_int8 sgd_sai_momentum0 sgd_sai_kahan sgd_sai_stochastic adan adahessian
     sgd sgdm adam adamw amsgrad adamax nadam radam adagrad adadelta rmsprop rmsprop_momentum rmsprop_centered rprop asgd

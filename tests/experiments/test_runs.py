@@ -17,6 +17,7 @@ from sgd_sai.experiments.runs import (
     RunSpec,
     load_run,
     load_runs,
+    packed_parts,
     packed_path,
     read_run,
     run_lock,
@@ -46,7 +47,8 @@ def test_packed_results_are_sorted_whole_and_of_a_size_that_can_be_opened(path):
     text = path.read_text()
     runs = unpack(text)
     assert pack(runs[::-1]) == text and path.stat().st_size < 2_000_000
-    assert all((run["task"], run["key"]) == (path.stem, spec_of(run).key) for run in runs)
+    task = path.stem.partition("+")[0]  # of further parts too
+    assert all((run["task"], run["key"]) == (task, spec_of(run).key) for run in runs)
     assert len({run["key"] for run in runs}) == len(runs)
     assert f"| `{path.name}` | {len(runs)} |" in (RESULTS / "README.md").read_text()
 
@@ -69,6 +71,45 @@ def test_files_come_back_byte_for_byte(tmp_path):
     assert pack_runs(tmp_path) == []  # there is nothing left to do
     assert set(unpack_runs(tmp_path)) == set(files) and {path: path.read_text() for path in files} == files
     assert [path.name for path in tmp_path.iterdir()] == ["digits-vit"]
+
+
+def test_many_runs_go_into_several_files(tmp_path, monkeypatch):
+    "Of two lines each; what is added later moves lines to later files, and no reader sees where a run is."
+    files, before = saved(tmp_path), load_runs(tmp_path)
+    longest = max(len(line) for line in pack(before).splitlines(keepends=True))
+    monkeypatch.setattr(packing, "PART_BYTES", 2 * longest)
+    names = ["digits-vit.jsonl", "digits-vit+2.jsonl"]
+    assert [path.name for path in pack_runs(tmp_path)] == names
+    assert [len((tmp_path / name).read_text().splitlines()) for name in names] == [2, 1]
+    for spec in SPECS:
+        assert load_run(tmp_path, spec) == read_run(f"{tmp_path}/digits-vit.jsonl#{spec.key}")
+    assert load_runs(tmp_path) == load_runs(tmp_path, "digits-vit") == before
+    more = saved(tmp_path, [replace(spec, optimizer="sgdm") for spec in SPECS])
+    assert [path.name for path in pack_runs(tmp_path)] == [*names, "digits-vit+3.jsonl"]
+    assert len(load_runs(tmp_path)) == 6 and all(load_run(tmp_path, spec) for spec in SPECS)
+    assert set(unpack_runs(tmp_path)) == {*files, *more}
+    assert [path.name for path in tmp_path.iterdir()] == ["digits-vit"]
+
+
+@pytest.mark.parametrize("size,parts", [(1, 6), (1_700, 3), (10**6, 1)])
+@pytest.mark.parametrize("added", ["adam", "sgdm"])
+def test_writing_parts_never_loses_a_line(tmp_path, monkeypatch, size, parts, added):
+    "Killed after any file was written, every run is still in one of them."
+    saved(tmp_path)
+    monkeypatch.setattr(packing, "PART_BYTES", 1)
+    pack_runs(tmp_path)
+    saved(tmp_path, [replace(spec, optimizer=added) for spec in SPECS])
+    write_text, seen = packing.write_text, []
+
+    def write_and_look(path, text):
+        write_text(path, text)
+        seen.append({run["key"] for run in load_runs(tmp_path)} >= {spec.key for spec in SPECS})
+        return path
+
+    monkeypatch.setattr(packing, "write_text", write_and_look)
+    monkeypatch.setattr(packing, "PART_BYTES", size)
+    assert len(pack_runs(tmp_path)) == len(packed_parts(packed_path(tmp_path, "digits-vit"))) == parts
+    assert seen and all(seen) and len(load_runs(tmp_path)) == 6
 
 
 def test_a_file_of_its_own_counts_before_a_line_and_replaces_it(tmp_path):

@@ -18,8 +18,10 @@ import sgd_sai.experiments.train as training
 from sgd_sai.benchmarks.training_step import step_costs
 from sgd_sai.cli.app import app
 from sgd_sai.experiments.errors import UsageError
+from sgd_sai.experiments.random_search import draw_settings, read_ranges
+from sgd_sai.experiments.repeat import repeat_run
 from sgd_sai.experiments.run_specs import epoch_steps, make_spec
-from sgd_sai.experiments.runs import load_runs, run_path
+from sgd_sai.experiments.runs import load_runs, run_path, save_run, spec_of
 from sgd_sai.experiments.sweep import Sweep, expand, read_sweep, run_sweep
 from sgd_sai.experiments.sweep_results import recorded_runs, sweep_frame
 from sgd_sai.experiments.tasks.registry import get_task
@@ -94,9 +96,11 @@ def test_sweeps_of_this_repository_can_be_read_and_expanded(path):
     data = Data(range(1438 if "digits" in path.read_text() else 60_000), [], {}, fingerprint)
     try:
         specs = expand(sweep, data, RESULTS)
-    except UsageError as e:  # a sweep that waits for another, which can be expanded
+    except UsageError as e:  # a sweep that waits for another; the first of all can be expanded
         assert sweep.best_of and "train that sweep first" in str(e)
-        specs = expand(sweep.best_of, data)
+        while sweep.best_of:
+            sweep = sweep.best_of
+        specs = expand(sweep, data)
     assert len(specs) == len({spec.key for spec in specs}) > 1
 
 
@@ -336,3 +340,90 @@ def test_best_of_repeats_the_best_cell(tmp_path):
         for spec in expand(read_sweep(tmp_path / "again.yaml"), data, folder)
         if spec.optimizer == "sgd_sai"
     } == {0.00001}
+
+
+# --- random search, shortlists ---------------------------------------------------------------------------------------
+
+RANGES = {"lr": [0.001, 0.1], "lr*weight_decay": [1e-4, 1e-2]}
+
+
+def test_drawn_settings_are_halton_points_on_logarithms():
+    "Points 1 to 3: 1/2, 1/4, 3/4 in base 2 and 1/3, 2/3, 1/9 in base 3; the third coordinate is 1/5, 2/5, 3/5."
+    ranges = read_ranges("muon_sai", RANGES | {"rest_lr/lr": [0.1, 3.2], "eps": [1e-8, 1e-8]})
+    drawn = draw_settings(ranges, 3)
+    for setting, x, y, z in zip(
+        drawn, (1 / 2, 1 / 4, 3 / 4), (1 / 3, 2 / 3, 1 / 9), (1 / 5, 2 / 5, 3 / 5), strict=True
+    ):
+        lr = 0.001 * 100**x
+        expected = {"lr": lr, "weight_decay": 1e-4 * 100**y / lr, "rest_lr": lr * 0.1 * 32**z, "eps": 1e-8}
+        assert setting == pytest.approx(expected, rel=0.006)
+        assert all(value == float(f"{value:.3g}") for value in setting.values())
+    assert draw_settings(ranges, 2) == drawn[:2]
+
+
+def test_optimizers_that_share_muon_are_searched_at_the_same_matrices():
+    for path in sorted(SWEEPS.glob("*/search.yaml")):
+        sweep = read_sweep(path)
+        muons = [name for name in sweep.optimizers if name.startswith("muon")]
+        settings = {name: draw_settings(sweep.random[name], sweep.cells) for name in muons}
+        shared = {name: [(s["lr"], s["weight_decay"]) for s in drawn] for name, drawn in settings.items()}
+        assert len(muons) > 2 and len({str(pairs) for pairs in shared.values()}) == 1, path
+        assert {name for name in sweep.random} == set(sweep.optimizers)
+
+
+@pytest.mark.parametrize(
+    "wrong, words",
+    [
+        (dict(random={"adamw": {"lr": [0.1, 0.01]}}), "lr of adamw: .* is not .low, high."),
+        (dict(random={"adamw": {"lr": [0.01, 0.1, 1]}}), "lr of adamw"),
+        (dict(random={"adamw": {"weight_decay": [0.01, 0.1]}}), "is not a mapping with a range for lr"),
+        (dict(random={"adamw": {"lr": [0.01, 0.1], "lr*lr/lr": [0.01, 0.1]}}), "neither a hyperparameter"),
+        (dict(random={"sgdm": RANGES}), "unknown optimizer in random 'sgdm'"),
+        (dict(random=[1]), "random: .1. is not a mapping"),
+        (dict(cells=0), "cells: 0 is not a positive whole number"),
+        (dict(top=[1, 2]), "top is the number of top"),
+        (dict(first_seed=-1), "first_seed: -1 is not a whole number from 0"),
+        (dict(first_seed=1.5), "first_seed: 1.5"),
+        (dict(curve=0), "curve: 0 is neither true nor false"),
+    ],
+)
+def test_what_is_wrong_with_a_search_is_said(wrong, words):
+    with pytest.raises(UsageError, match=words):
+        Sweep("digits-vit", ["adamw"], **wrong)
+
+
+def test_a_shortlist_takes_the_best_settings_and_its_own_seeds(tmp_path):
+    task = get_task("digits-vit")
+    data = task.load()
+    search = Sweep("digits-vit", ["adamw"], seeds=1, first_seed=7, steps=2, random={"adamw": RANGES}, cells=3)
+    specs = expand(search, data)
+    assert len(specs) == 3 and {spec.seed for spec in specs} == {7}
+    for spec in specs:
+        run = train(task, data, spec, device="cpu")
+        accuracy = {0.01: 0.5, 0.00316: 0.9, 0.0316: 0.7}[spec.hyperparameters["lr"]]
+        save_run(tmp_path, spec, run | {"final": {"accuracy": accuracy, "val_loss": 1.0}})
+    shortlist = Sweep("digits-vit", ["adamw"], seeds=2, first_seed=7, steps=3, best_of=search, top=2)
+    chosen = expand(shortlist, data, tmp_path)
+    assert [(spec.hyperparameters["lr"], spec.seed) for spec in chosen] == [
+        (0.00316, 7),
+        (0.0316, 7),
+        (0.00316, 8),
+        (0.0316, 8),
+    ]
+    single = Sweep("digits-vit", ["adamw"], seeds=1, steps=3, best_of=search)
+    assert [spec.hyperparameters["lr"] for spec in expand(single, data, tmp_path)] == [0.00316]
+
+
+@pytest.mark.parametrize("name", ["sgd_sai", "adahessian"])
+def test_a_run_without_a_curve_ends_as_one_with_it(tmp_path, name):
+    "And is repeated as it was made. AdaHessian draws random numbers in its steps."
+    grid = {name: {"lr": [0.01]}}
+    ends, points = [], []
+    for curve in (True, False):
+        sweep = Sweep("digits-vit", [name], seeds=1, steps=48, grid=grid, curve=curve)
+        (run,) = run_sweep(sweep, tmp_path / str(curve), device="cpu")["runs"]
+        ends.append((run["final"], run["history"][0], run["history"][-1]["val_loss"]))
+        points.append([point["step"] for point in run["history"]])
+    assert ends[0] == ends[1] and points == [[*range(0, 49, 4)], [0, 48]]
+    old, new = repeat_run(run_path(tmp_path / "False", spec_of(run)), device="cpu")
+    assert new["final"] == old["final"] and [point["step"] for point in new["history"]] == [0, 48]

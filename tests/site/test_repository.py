@@ -189,7 +189,7 @@ def test_core_needs_torch_alone(settings):
     assert core == ["torch"]
 
 
-EXTRAS = """accelerate fastcore IPython ipykernel matplotlib nbdev pandas pytorch_optimizer rich seaborn sklearn
+EXTRAS = """accelerate fastcore IPython ipykernel matplotlib nbdev pandas pytorch_optimizer rich scipy seaborn sklearn
 torchvision transformers typer yaml""".split()
 IMPORT_WITHOUT_EXTRAS = """
 import sys

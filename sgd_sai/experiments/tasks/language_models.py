@@ -197,7 +197,7 @@ KJV_TASK = Task(
             "adam_mini": dict(lr=0.003, weight_decay=0.1),
             "po:Lion": dict(lr=0.0003, weight_decay=1.0),
             "muon_adamw": dict(lr=0.02, weight_decay=0.1),
-            "muon_sai": dict(lr=0.02, sai_lr=0.003, weight_decay=0.01),
+            "muon_sai": dict(lr=0.02, rest_lr=0.003, weight_decay=0.1),
         }
     ),
 )
@@ -230,7 +230,7 @@ OPENWEBTEXT_TASK = Task(
             "adam_mini": dict(lr=6e-4, weight_decay=0.1, betas=(0.9, 0.95)),
             "po:Lion": dict(lr=6e-5, weight_decay=1.0),
             "muon_adamw": dict(lr=0.02, adamw_lr=6e-4, weight_decay=0.1),
-            "muon_sai": dict(lr=0.02, sai_lr=0.01, weight_decay=0.1),
+            "muon_sai": dict(lr=0.02, rest_lr=0.01, weight_decay=0.1),
         }
     ),
 )

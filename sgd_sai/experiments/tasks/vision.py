@@ -5,6 +5,8 @@
 # %% auto #0
 __all__ = [
     "DIGITS",
+    "DIGITS_NARROW",
+    "DIGITS_WIDE",
     "FASHION_FILES",
     "FASHION_VIT",
     "FASHION_VIT_WIDE",
@@ -28,7 +30,10 @@ __all__ = [
 ]
 
 # %% ../../../nbs/experiments/tasks/vision.ipynb #7a07b2b0
+import math
 from collections import OrderedDict
+from dataclasses import replace
+from functools import partial
 from typing import Callable
 
 import torch
@@ -79,9 +84,12 @@ def small_vit(
     return ViTForImageClassification(config)
 
 
-def build_digits_vit(sizes: dict) -> nn.Module:
-    "A vision transformer with 2x2 patches: 3 layers, width 48, initial weights with std 0.1."
-    return small_vit(image_size=8, patch_size=2, width=48, initial_std=0.1)
+def build_digits_vit(
+    sizes: dict,  # not needed
+    width: int = 48,
+) -> nn.Module:
+    "A vision transformer with 2x2 patches and 3 layers; the std of its weights is 0.1 at width 48, ~ 1/sqrt(width)."
+    return small_vit(image_size=8, patch_size=2, width=width, initial_std=0.1 * math.sqrt(48 / width))
 
 
 # %% ../../../nbs/experiments/tasks/vision.ipynb #0f564fb2
@@ -115,6 +123,21 @@ DIGITS = Task(
         adan=dict(lr=0.015, weight_decay=0.02),
         adahessian=ADAHESSIAN_IMAGES,
     ),
+)
+
+# %% ../../../nbs/experiments/tasks/vision.ipynb #b1e911e6
+DIGITS_NARROW = replace(
+    DIGITS,
+    name="digits-vit-narrow",
+    title="the same, half as wide",
+    build=partial(build_digits_vit, width=24),
+)
+DIGITS_WIDE = replace(
+    DIGITS,
+    name="digits-vit-wide",
+    title="the same, twice as wide",
+    minutes=0.2,
+    build=partial(build_digits_vit, width=96),
 )
 
 # %% ../../../nbs/experiments/tasks/vision.ipynb #0edea4c3
@@ -240,7 +263,7 @@ FASHION_VIT = Task(
 # %% ../../../nbs/experiments/tasks/vision.ipynb #68249f4e
 FASHION_VIT_WIDE = Task(
     name="fashion-vit-wide",
-    title="the same, four times as wide",
+    title="that of fashion-vit, four times as wide",
     source="download, 31 MB",
     licence="MIT",
     minutes=4,
@@ -361,4 +384,4 @@ CIFAR10_TASK = Task(
     ),
 )
 
-VISION_TASKS = [DIGITS, FASHION_VIT, FASHION_VIT_WIDE, FASHION_RESNET, CIFAR10_TASK]
+VISION_TASKS = [DIGITS, DIGITS_NARROW, DIGITS_WIDE, FASHION_VIT, FASHION_VIT_WIDE, FASHION_RESNET, CIFAR10_TASK]
