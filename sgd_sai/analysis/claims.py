@@ -38,6 +38,7 @@ from sgd_sai.analysis.verdicts import (
     OPEN,
     PART,
     UNTESTED,
+    VERDICTS,
     Claim,
     at_least_even,
     by_count,
@@ -385,5 +386,5 @@ def tally():  # DataFrame: a row per paper, a column per verdict
     rows = []
     for paper, claims in papers.items():
         count = Counter(claim.verdict for claim in claims)
-        rows.append({"claims of": paper} | {said: count[said] for said in (HOLDS, PART, NOT, UNTESTED)})
+        rows.append({"claims of": paper} | {said: count[said] for said in VERDICTS})
     return pd.DataFrame(rows).set_index("claims of")

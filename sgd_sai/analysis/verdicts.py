@@ -9,6 +9,7 @@ __all__ = [
     "NOT",
     "OPEN",
     "UNTESTED",
+    "VERDICTS",
     "Claim",
     "holds_if",
     "by_count",
@@ -26,6 +27,7 @@ from .rankings import sweep_runs
 # %% ../../nbs/analysis/verdicts.ipynb #71d24793
 HOLDS, PART, NOT, OPEN = "holds", "holds in part", "not here", "open"
 UNTESTED = "cannot be tested here"
+VERDICTS = (HOLDS, PART, NOT, OPEN, UNTESTED)
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Claim:
     words: str
     theirs: str
     ours: str
-    verdict: str  # HOLDS, PART, NOT, OPEN or UNTESTED
+    verdict: str  # one of VERDICTS
     page: str = ""  # markdown links, as seen from nbs/reports
 
 

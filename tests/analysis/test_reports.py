@@ -317,6 +317,20 @@ def test_a_claim_is_held_against_every_task(monkeypatch):
     ] == [verdicts.HOLDS, verdicts.PART, verdicts.NOT]
 
 
+def test_every_claim_is_counted_under_its_verdict(monkeypatch):
+    from sgd_sai.analysis import claims, verdicts
+
+    monkeypatch.chdir(ROOT)
+    papers = {"Adan": claims.adan_claims(), "AdaHessian": claims.adahessian_claims(), "this site": claims.own_claims()}
+    papers["SGD-SaI"] = claims.sgd_sai_training() + claims.sgd_sai_costs() + claims.sgd_sai_behaviour()
+    table = claims.tally()
+    assert list(table.columns) == list(verdicts.VERDICTS)
+    for paper, given in papers.items():
+        assert table.loc[paper].sum() == len(given), paper
+        for said in verdicts.VERDICTS:
+            assert table.loc[paper, said] == sum(claim.verdict == said for claim in given)
+
+
 def test_of_equal_accuracies_the_lower_loss_is_the_best(tmp_path):
     "Accuracy on few images has many ties; the first of the grid, its lowest learning rate, is not what a tie means."
     from sgd_sai.experiments.sweep import best_of_runs, best_settings, rank_of
