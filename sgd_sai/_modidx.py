@@ -525,10 +525,6 @@ d = {
                 "analysis/rankings.html#experiment.tuned",
                 "sgd_sai/analysis/rankings.py",
             ),
-            "sgd_sai.analysis.rankings._chosen_from": (
-                "analysis/rankings.html#_chosen_from",
-                "sgd_sai/analysis/rankings.py",
-            ),
             "sgd_sai.analysis.rankings._draw_ranking": (
                 "analysis/rankings.html#_draw_ranking",
                 "sgd_sai/analysis/rankings.py",
@@ -577,6 +573,10 @@ d = {
             ),
             "sgd_sai.analysis.rankings.trained_parameters": (
                 "analysis/rankings.html#trained_parameters",
+                "sgd_sai/analysis/rankings.py",
+            ),
+            "sgd_sai.analysis.rankings.tuning_sweeps": (
+                "analysis/rankings.html#tuning_sweeps",
                 "sgd_sai/analysis/rankings.py",
             ),
         },

@@ -36,7 +36,7 @@ from ..experiments.optimizers import get_optimizer, optimizer_label
 from ..experiments.sweep import Sweep, read_sweep
 from ..muon_sai import MuonSaI
 from ..rest_rules import REST_BY_ROLE
-from .rankings import Experiment, at_edge, load_experiment, repository
+from .rankings import Experiment, at_edge, load_experiment, repository, tuning_sweeps
 
 
 # %% ../../nbs/analysis/audit.ipynb #cb322892
@@ -214,14 +214,10 @@ def comparisons(
     "The sweeps that compare optimizers, without those from which others choose their settings."
     root = Path(root or repository())
     paths = sorted((root / "sweeps").glob("*/*.yaml"))
-    names = {path: path.relative_to(root / "sweeps").with_suffix("").as_posix() for path in paths}
-    chosen_from = set()
-    for path in paths:
-        text = path.read_text(encoding="utf-8")
-        if "best_of:" in text:
-            chosen_from.add(path.with_name(text.partition("best_of:")[2].split()[0]))
-    sweeps = {path: read_sweep(path) for path in paths if path not in chosen_from}
-    return [names[path] for path, sweep in sweeps.items() if len(sweep.optimizers) > 1 and not sweep.random]
+    sweeps = {path.relative_to(root / "sweeps").with_suffix("").as_posix(): read_sweep(path) for path in paths}
+    chosen_from = {other for name in sweeps for other in tuning_sweeps(name, root)}
+    compared = [name for name, sweep in sweeps.items() if len(sweep.optimizers) > 1 and not sweep.random]
+    return [name for name in compared if name not in chosen_from]
 
 
 # %% ../../nbs/analysis/audit.ipynb #be6d10c4

@@ -12,6 +12,7 @@ __all__ = [
     "trained_parameters",
     "ranking",
     "Experiment",
+    "tuning_sweeps",
     "load_experiment",
     "extra_frame",
     "is_frugal",
@@ -166,7 +167,10 @@ def _seeds(runs: list[dict]) -> str:
 
 
 # %% ../../nbs/analysis/rankings.ipynb #e36770d2
-def _chosen_from(name: str, root: Path) -> list[str]:  # the nearest first
+def tuning_sweeps(
+    name: str,  # path of a file below sweeps/, without .yaml
+    root: Path,  # of the repository
+) -> list[str]:  # names in the same form, the nearest first
     "The sweep that a sweep chooses its settings from, the one that this one chooses from, and so on."
     import yaml
 
@@ -184,7 +188,7 @@ def load_experiment(
     "A sweep of best cells and those that it says tuned it. Raises as `sweep_runs` does."
     root = Path(root or repository())
     task, runs = sweep_runs(name, root)
-    stages = [sweep_runs(chosen_from, root)[1] for chosen_from in reversed(_chosen_from(name, root))]
+    stages = [sweep_runs(chosen_from, root)[1] for chosen_from in reversed(tuning_sweeps(name, root))]
     costs = step_cost_path(root / "results", task.name)
     return Experiment(name, task, runs, stages, json.loads(costs.read_text()) if costs.exists() else None)
 
