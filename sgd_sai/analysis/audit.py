@@ -233,10 +233,7 @@ EXPLAINED: dict[tuple[str, str], str] = {  # sweep and finding -> why it stands;
     ("*/final", "one seed"): f"{_OLDER}, which chooses with two or more",
     ("*/final", "short"): f"{_OLDER}, which chooses at full length",
     ("*/final", "edge"): f"{_OLDER}, whose ranges are wider",
-    (
-        "*/scalings",
-        "decay not tuned",
-    ): "the rules share one optimizer, and lr × wd is the same in the middle of all grids",
+    ("*/scalings", "decay not tuned"): "one optimizer with many rules; lr × wd is equal in the middle of all grids",
     ("*/scalings", "one seed"): "the same for all rules; the interval says what seeds do",
     ("*/scalings", "short"): "the same for all rules; a rate that is best early may favour some",
     ("shakespeare-gpt/rest", "shared part"): "one row is there to show what a tenth of the decay does; all "
