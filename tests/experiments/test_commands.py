@@ -38,7 +38,7 @@ def test_a_run_that_ends_otherwise_is_not_the_same(tmp_path, monkeypatch):
     "With the same numbers: it diverged then, and does not now."
     path = save_run(tmp_path, make_spec(TASK, TASK.load(), "sgdm", steps=2), outcome(status="diverged"))
     old = json.loads(path.read_text())
-    monkeypatch.setattr("sgd_sai.experiments.repeat.train", lambda *_: {**old, "status": "finished"})
+    monkeypatch.setattr("sgd_sai.experiments.repeat.train", lambda *_, **__: {**old, "status": "finished"})
     done = cli("repeat", path, "--device", "cpu")
     assert done.exit_code == 1 and "not the same (diverged, now finished)" in " ".join(done.output.split())
 
