@@ -174,6 +174,7 @@ d = {
             "sgd_sai.analysis.audit.explanation": ("analysis/audit.html#explanation", "sgd_sai/analysis/audit.py"),
             "sgd_sai.analysis.audit.has_muon": ("analysis/audit.html#has_muon", "sgd_sai/analysis/audit.py"),
             "sgd_sai.analysis.audit.muon_parts": ("analysis/audit.html#muon_parts", "sgd_sai/analysis/audit.py"),
+            "sgd_sai.analysis.audit.reason_frame": ("analysis/audit.html#reason_frame", "sgd_sai/analysis/audit.py"),
             "sgd_sai.analysis.audit.rest_rate": ("analysis/audit.html#rest_rate", "sgd_sai/analysis/audit.py"),
             "sgd_sai.analysis.audit.schedules": ("analysis/audit.html#schedules", "sgd_sai/analysis/audit.py"),
             "sgd_sai.analysis.audit.setting_of": ("analysis/audit.html#setting_of", "sgd_sai/analysis/audit.py"),

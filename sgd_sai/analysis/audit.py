@@ -17,6 +17,7 @@ __all__ = [
     "comparisons",
     "explanation",
     "audit_frame",
+    "reason_frame",
     "audit_all",
     "untrained",
 ]
@@ -257,24 +258,41 @@ def explanation(
 def audit_frame(
     audits: list[Audit],
 ):  # DataFrame: a line per comparison
-    "Comparisons, and what was found in each with the reason why it stands. Raises `KeyError` as `explanation` does."
+    "Comparisons, and what differs in each besides the optimizers, by name."
     import pandas as pd
 
     rows = []
     for each in audits:
-        found = [f"**{name}** ({text}): {explanation(each.name, name)}" for name, text in each.found.items()]
         rows.append(
             {
                 "comparison": each.name,
-                "optimizers": each.optimizers,
-                "settings tried": each.cells,
+                "optimizers × settings": f"{each.optimizers} × {each.cells}",
                 "steps": each.steps,
                 "seeds": each.seeds,
                 "lr × wd × steps": each.decay,
-                "differs besides": "; ".join(found) or "nothing",
+                "differs besides": ", ".join(each.found) or "nothing",
             }
         )
     return pd.DataFrame(rows).set_index("comparison")
+
+
+# %% ../../nbs/analysis/audit.ipynb #b3a47fda
+def reason_frame(
+    audits: list[Audit],
+):  # DataFrame: a line per finding and reason
+    "What was found, where, and why it stands. Raises `KeyError` as `explanation` does."
+    import pandas as pd
+
+    places = {}
+    for each in audits:
+        for finding, text in each.found.items():
+            reason = finding, explanation(each.name, finding)
+            places.setdefault(reason, []).append(f"{each.name} ({text})")
+    rows = [
+        {"finding": finding, "why it stands": why, "where": "; ".join(where)}
+        for (finding, why), where in sorted(places.items())
+    ]
+    return pd.DataFrame(rows).set_index("finding")
 
 
 # %% ../../nbs/analysis/audit.ipynb #6c5054f8

@@ -12,6 +12,7 @@ from sgd_sai.analysis.audit import (
     audit_frame,
     decay_per_step,
     muon_parts,
+    reason_frame,
     rest_rate,
     untrained,
 )
@@ -140,5 +141,9 @@ def test_nothing_on_the_site_is_unexplained_and_no_explanation_is_stale():
     }
     assert set(untrained(ROOT)) == waiting
     assert len(audit_frame(audits)) == len(audits) > 10
+    reasons = reason_frame(audits)
+    assert sum(len(where.split("; ")) for where in reasons["where"]) == sum(len(each.found) for each in audits)
+    assert reasons.loc["cells", "where"] == "shakespeare-gpt/rest (1 to 4)"
+    assert audit_frame(audits).loc["shakespeare-gpt/rest", "differs besides"] == "shared part, cells"
     with pytest.raises(KeyError, match="new/sweep: shared part is not explained"):
         page.explanation("new/sweep", "shared part")
