@@ -158,6 +158,10 @@ d = {
             "sgd_sai.analysis.audit._is_drawn": ("analysis/audit.html#_is_drawn", "sgd_sai/analysis/audit.py"),
             "sgd_sai.analysis.audit._muon_option": ("analysis/audit.html#_muon_option", "sgd_sai/analysis/audit.py"),
             "sgd_sai.analysis.audit._range": ("analysis/audit.html#_range", "sgd_sai/analysis/audit.py"),
+            "sgd_sai.analysis.audit._unequal_decay": (
+                "analysis/audit.html#_unequal_decay",
+                "sgd_sai/analysis/audit.py",
+            ),
             "sgd_sai.analysis.audit._untuned_decay": (
                 "analysis/audit.html#_untuned_decay",
                 "sgd_sai/analysis/audit.py",

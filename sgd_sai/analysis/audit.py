@@ -4,6 +4,7 @@
 
 # %% auto #0
 __all__ = [
+    "UNEQUAL_DECAY",
     "EXPLAINED",
     "setting_of",
     "has_muon",
@@ -23,6 +24,7 @@ __all__ = [
 ]
 
 # %% ../../nbs/analysis/audit.ipynb #b9d391fc
+import statistics
 from collections.abc import Mapping
 from fnmatch import fnmatch
 from pathlib import Path
@@ -186,6 +188,19 @@ def _found_in_choice(experiment: Experiment) -> dict[str, str]:
 
 
 # %% ../../nbs/analysis/audit.ipynb #70e38655
+UNEQUAL_DECAY = 3.0  # decays that differ by more than this factor are not called equal
+
+
+def _unequal_decay(runs: list[dict]) -> str:
+    "The smallest and the largest of the optimizers' median decays, when they are not equal; empty when they are."
+    decays = {}
+    for run in runs:
+        decays.setdefault(run["optimizer"], []).append(max(decay_per_step(run).values()))
+    medians = [statistics.median(values) for values in decays.values()]
+    low, high = min(medians), max(medians)
+    return f"{low:.2g} to {high:.2g} a step" if high > UNEQUAL_DECAY * low else ""
+
+
 def audit(
     experiment: Experiment,  # from load_experiment
     drawn: bool = False,  # the settings were drawn, and optimizers with Muon had the same draws
@@ -200,6 +215,8 @@ def audit(
     cells = _cells(experiment.stages[0] if experiment.stages else runs)
     if len(set(cells.values())) > 1:
         found["cells"] = _range(cells.values())
+    if not drawn and (text := _unequal_decay(runs)):
+        found["decay differs"] = text
     if experiment.stages:
         found |= _found_in_choice(experiment)
     shares = [max(decay_per_step(run).values()) * run["steps"] for run in runs]
@@ -223,12 +240,23 @@ def comparisons(
 
 # %% ../../nbs/analysis/audit.ipynb #be6d10c4
 _OLDER = "an older sweep; its successor is compare"
+_RECIPES = "recipes are compared: each has the decay of its paper or task, which nobody tuned"
 _ALONE = "has no successor: the table has what a seed does"
 EXPLAINED: dict[tuple[str, str], str] = {  # sweep and finding -> why it stands; the first that fits
     ("fashion-resnet/compare", "edge"): "the highest of the rates drawn, so that higher ones may be better still",
     ("fashion-ddpm-lora/final", "decay not tuned"): "nothing decays in it",
     ("fashion-ddpm-lora/final", "one seed"): _ALONE,
     ("fashion-ddpm-lora/final", "short"): _ALONE,
+    ("*/final", "decay differs"): f"{_OLDER}, which draws rate and decay together",
+    ("fashion-resnet/adahessian-*", "decay differs"): f"{_RECIPES}; AdaHessian's is a seventh of the others'",
+    ("fashion-vit/adan-*", "decay differs"): _RECIPES,
+    (
+        "fashion-vit/paper-grid",
+        "decay differs",
+    ): "the paper's grid, the same lr and wd for all; SGDM's decay is coupled",
+    ("fashion-vit-wide/tune", "decay differs"): "decays that were set for other rates; the page asks for the best rate",
+    ("fashion-resnet/decay-diagonal", "decay differs"): "it is what varies, over the same factors for each optimizer",
+    ("*/scalings", "decay differs"): "the best rates differ, and with one weight decay for all of a rule so do decays",
     ("*/final", "shared part"): f"{_OLDER}, where the search draws the same matrices for both",
     ("*/final", "decay not tuned"): f"{_OLDER}, which draws rate and decay together",
     ("*/final", "one seed"): f"{_OLDER}, which chooses with two or more",

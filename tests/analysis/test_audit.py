@@ -117,6 +117,15 @@ def test_how_settings_were_chosen_is_found():
     assert not {"one seed", "short"} & set(audit(experiment(chosen, grid, again)).found)  # the last choice counts
 
 
+@pytest.mark.parametrize("wd, found", [(0.1, False), (0.3, False), (0.31, True), (0.03, True), (0.0, True)])
+def test_decays_that_nobody_tuned_have_to_be_near_each_other(wd, found):
+    "Within a factor of three. The median of each optimizer counts, so that one cell of a grid does not."
+    runs = [run for given in (0.1, 0.1, 9.0) for run in made("adamw", lr=0.01, weight_decay=given)]
+    runs += made("sgd_sai", lr=0.01, weight_decay=wd)
+    assert ("decay differs" in audit(experiment(runs)).found) == found
+    assert "decay differs" not in audit(experiment(runs, runs), drawn=True).found
+
+
 @pytest.mark.parametrize("change", [dict(steps=99), dict(clip=None)])
 def test_another_schedule_is_found(change):
     runs = made("adamw", lr=0.1, weight_decay=0.0) + made("sgdm", lr=0.1, weight_decay=0.0)
