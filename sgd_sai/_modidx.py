@@ -280,6 +280,24 @@ d = {
             ),
             "sgd_sai.analysis.control.plot_pairs": ("analysis/control.html#plot_pairs", "sgd_sai/analysis/control.py"),
         },
+        "sgd_sai.analysis.defaults": {
+            "sgd_sai.analysis.defaults.DefaultRuns": (
+                "analysis/defaults.html#defaultruns",
+                "sgd_sai/analysis/defaults.py",
+            ),
+            "sgd_sai.analysis.defaults.default_frame": (
+                "analysis/defaults.html#default_frame",
+                "sgd_sai/analysis/defaults.py",
+            ),
+            "sgd_sai.analysis.defaults.default_gap": (
+                "analysis/defaults.html#default_gap",
+                "sgd_sai/analysis/defaults.py",
+            ),
+            "sgd_sai.analysis.defaults.load_default": (
+                "analysis/defaults.html#load_default",
+                "sgd_sai/analysis/defaults.py",
+            ),
+        },
         "sgd_sai.analysis.differences": {
             "sgd_sai.analysis.differences.Difference": (
                 "analysis/differences.html#difference",
@@ -293,6 +311,10 @@ d = {
                 "analysis/differences.html#difference",
                 "sgd_sai/analysis/differences.py",
             ),
+            "sgd_sai.analysis.differences.difference_by_seed": (
+                "analysis/differences.html#difference_by_seed",
+                "sgd_sai/analysis/differences.py",
+            ),
             "sgd_sai.analysis.differences.difference_frame": (
                 "analysis/differences.html#difference_frame",
                 "sgd_sai/analysis/differences.py",
@@ -303,6 +325,10 @@ d = {
             ),
             "sgd_sai.analysis.differences.difference_text": (
                 "analysis/differences.html#difference_text",
+                "sgd_sai/analysis/differences.py",
+            ),
+            "sgd_sai.analysis.differences.gap_text": (
+                "analysis/differences.html#gap_text",
                 "sgd_sai/analysis/differences.py",
             ),
             "sgd_sai.analysis.differences.verdict": (

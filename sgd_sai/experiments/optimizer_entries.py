@@ -227,6 +227,7 @@ _muon_sai = OptimizerEntry(
     MuonSaI,
     "Muon + SGD-SaI",
     "#BE185D",
+    settings={"rest": "sgd_sai"},
     state=rules.muon_rule(rules.sgd_sai_rule),
     traffic=_MOMENTUM,
     benchmark=StepBenchmark(label="MuonSaI", usual=False),  # one step of a large model takes many seconds on a CPU
