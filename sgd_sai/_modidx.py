@@ -3213,10 +3213,6 @@ d = {
                 "sgd_sai/init_scales.py",
             ),
             "sgd_sai.init_scales._as_state": ("optimizers/init_scales.html#_as_state", "sgd_sai/init_scales.py"),
-            "sgd_sai.init_scales._check_flat_partitions": (
-                "optimizers/init_scales.html#_check_flat_partitions",
-                "sgd_sai/init_scales.py",
-            ),
             "sgd_sai.init_scales._check_fsdp1_shard": (
                 "optimizers/init_scales.html#_check_fsdp1_shard",
                 "sgd_sai/init_scales.py",
@@ -3246,6 +3242,10 @@ d = {
             "sgd_sai.init_scales._start_of": ("optimizers/init_scales.html#_start_of", "sgd_sai/init_scales.py"),
             "sgd_sai.init_scales._with_fsdp1_shards": (
                 "optimizers/init_scales.html#_with_fsdp1_shards",
+                "sgd_sai/init_scales.py",
+            ),
+            "sgd_sai.init_scales.check_flat_partitions": (
+                "optimizers/init_scales.html#check_flat_partitions",
                 "sgd_sai/init_scales.py",
             ),
             "sgd_sai.init_scales.collect_grads": (
@@ -3756,6 +3756,10 @@ d = {
                 "optimizers/muon_checks.html#_check_same_in_group",
                 "sgd_sai/muon_checks.py",
             ),
+            "sgd_sai.muon_checks._check_whole_rows": (
+                "optimizers/muon_checks.html#_check_whole_rows",
+                "sgd_sai/muon_checks.py",
+            ),
             "sgd_sai.muon_checks._finite": ("optimizers/muon_checks.html#_finite", "sgd_sai/muon_checks.py"),
             "sgd_sai.muon_checks.check_step": ("optimizers/muon_checks.html#check_step", "sgd_sai/muon_checks.py"),
         },
@@ -4136,6 +4140,10 @@ d = {
             ),
             "sgd_sai.rest_kernels._step_rounded_elements": (
                 "optimizers/rest_kernels.html#_step_rounded_elements",
+                "sgd_sai/rest_kernels.py",
+            ),
+            "sgd_sai.rest_kernels._step_rounded_row": (
+                "optimizers/rest_kernels.html#_step_rounded_row",
                 "sgd_sai/rest_kernels.py",
             ),
             "sgd_sai.rest_kernels._step_rounded_rows": (
