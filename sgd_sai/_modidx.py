@@ -190,6 +190,10 @@ d = {
                 "analysis/claims.html#_control_claim",
                 "sgd_sai/analysis/claims.py",
             ),
+            "sgd_sai.analysis.claims._default_claim": (
+                "analysis/claims.html#_default_claim",
+                "sgd_sai/analysis/claims.py",
+            ),
             "sgd_sai.analysis.claims._early_claim": ("analysis/claims.html#_early_claim", "sgd_sai/analysis/claims.py"),
             "sgd_sai.analysis.claims._epochs_claim": (
                 "analysis/claims.html#_epochs_claim",
