@@ -404,7 +404,7 @@ def muonsai_errors(error, infinite):
 
 
 MUONSAI = Kind(
-    sorted_muon("SortedMuonSaI", {"muon": True}, rest="sgd_sai"),
+    sorted_muon("SortedMuonSaI", {"muon": True}, rest="sgd_sai", weight_decay=0.01),
     sgd_sai.kernels,
     muonsai_table,
     muonsai_errors,
