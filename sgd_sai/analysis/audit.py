@@ -209,6 +209,9 @@ def audit(
     runs, found = experiment.runs, {}
     if differ(schedules(runs)):
         found["schedule"] = "not the same for all"
+    devices = {run["environment"]["device"].partition(":")[0] for run in runs if "environment" in run}
+    if len(devices) > 1:
+        found["device"] = " and ".join(sorted(devices))
     parts = muon_parts(experiment.stages[0] if drawn else runs)
     if differ(parts):
         found["shared part"] = ", ".join(map(optimizer_label, parts))
