@@ -75,6 +75,7 @@ def _check_same_in_group(opt: torch.optim.Optimizer, entries: list[ParamWithGrad
     check_same_in_group([name for name, _ in named], [p for _, p in named], process_group, device)
 
 
+# %% ../nbs/optimizers/muon_checks.ipynb #c33fe900
 def _check_whole_rows(opt: torch.optim.Optimizer, groups: ParamsWithGrad):
     "Raise `RuntimeError` if a flat partition stands where rows are to be normalised; looked at before a first step."
     for group, entries in groups:

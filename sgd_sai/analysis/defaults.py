@@ -42,6 +42,7 @@ def default_gap(
     return difference_by_seed(task, finals(task, runs.default.runs, name), finals(task, others, other)).spread
 
 
+# %% ../../nbs/analysis/defaults.ipynb #98f6d9b8
 def default_frame(
     defaults: list[DefaultRuns],
     name: str,  # registry name of the optimizer whose default is looked at
