@@ -190,6 +190,10 @@ d = {
                 "analysis/claims.html#_control_claim",
                 "sgd_sai/analysis/claims.py",
             ),
+            "sgd_sai.analysis.claims._default_claim": (
+                "analysis/claims.html#_default_claim",
+                "sgd_sai/analysis/claims.py",
+            ),
             "sgd_sai.analysis.claims._early_claim": ("analysis/claims.html#_early_claim", "sgd_sai/analysis/claims.py"),
             "sgd_sai.analysis.claims._epochs_claim": (
                 "analysis/claims.html#_epochs_claim",
@@ -280,6 +284,24 @@ d = {
             ),
             "sgd_sai.analysis.control.plot_pairs": ("analysis/control.html#plot_pairs", "sgd_sai/analysis/control.py"),
         },
+        "sgd_sai.analysis.defaults": {
+            "sgd_sai.analysis.defaults.DefaultRuns": (
+                "analysis/defaults.html#defaultruns",
+                "sgd_sai/analysis/defaults.py",
+            ),
+            "sgd_sai.analysis.defaults.default_frame": (
+                "analysis/defaults.html#default_frame",
+                "sgd_sai/analysis/defaults.py",
+            ),
+            "sgd_sai.analysis.defaults.default_gap": (
+                "analysis/defaults.html#default_gap",
+                "sgd_sai/analysis/defaults.py",
+            ),
+            "sgd_sai.analysis.defaults.load_default": (
+                "analysis/defaults.html#load_default",
+                "sgd_sai/analysis/defaults.py",
+            ),
+        },
         "sgd_sai.analysis.differences": {
             "sgd_sai.analysis.differences.Difference": (
                 "analysis/differences.html#difference",
@@ -293,6 +315,10 @@ d = {
                 "analysis/differences.html#difference",
                 "sgd_sai/analysis/differences.py",
             ),
+            "sgd_sai.analysis.differences.difference_by_seed": (
+                "analysis/differences.html#difference_by_seed",
+                "sgd_sai/analysis/differences.py",
+            ),
             "sgd_sai.analysis.differences.difference_frame": (
                 "analysis/differences.html#difference_frame",
                 "sgd_sai/analysis/differences.py",
@@ -303,6 +329,10 @@ d = {
             ),
             "sgd_sai.analysis.differences.difference_text": (
                 "analysis/differences.html#difference_text",
+                "sgd_sai/analysis/differences.py",
+            ),
+            "sgd_sai.analysis.differences.gap_text": (
+                "analysis/differences.html#gap_text",
                 "sgd_sai/analysis/differences.py",
             ),
             "sgd_sai.analysis.differences.verdict": (
@@ -3187,10 +3217,6 @@ d = {
                 "sgd_sai/init_scales.py",
             ),
             "sgd_sai.init_scales._as_state": ("optimizers/init_scales.html#_as_state", "sgd_sai/init_scales.py"),
-            "sgd_sai.init_scales._check_flat_partitions": (
-                "optimizers/init_scales.html#_check_flat_partitions",
-                "sgd_sai/init_scales.py",
-            ),
             "sgd_sai.init_scales._check_fsdp1_shard": (
                 "optimizers/init_scales.html#_check_fsdp1_shard",
                 "sgd_sai/init_scales.py",
@@ -3220,6 +3246,10 @@ d = {
             "sgd_sai.init_scales._start_of": ("optimizers/init_scales.html#_start_of", "sgd_sai/init_scales.py"),
             "sgd_sai.init_scales._with_fsdp1_shards": (
                 "optimizers/init_scales.html#_with_fsdp1_shards",
+                "sgd_sai/init_scales.py",
+            ),
+            "sgd_sai.init_scales.check_flat_partitions": (
+                "optimizers/init_scales.html#check_flat_partitions",
                 "sgd_sai/init_scales.py",
             ),
             "sgd_sai.init_scales.collect_grads": (
@@ -3730,6 +3760,10 @@ d = {
                 "optimizers/muon_checks.html#_check_same_in_group",
                 "sgd_sai/muon_checks.py",
             ),
+            "sgd_sai.muon_checks._check_whole_rows": (
+                "optimizers/muon_checks.html#_check_whole_rows",
+                "sgd_sai/muon_checks.py",
+            ),
             "sgd_sai.muon_checks._finite": ("optimizers/muon_checks.html#_finite", "sgd_sai/muon_checks.py"),
             "sgd_sai.muon_checks.check_step": ("optimizers/muon_checks.html#check_step", "sgd_sai/muon_checks.py"),
         },
@@ -4110,6 +4144,10 @@ d = {
             ),
             "sgd_sai.rest_kernels._step_rounded_elements": (
                 "optimizers/rest_kernels.html#_step_rounded_elements",
+                "sgd_sai/rest_kernels.py",
+            ),
+            "sgd_sai.rest_kernels._step_rounded_row": (
+                "optimizers/rest_kernels.html#_step_rounded_row",
                 "sgd_sai/rest_kernels.py",
             ),
             "sgd_sai.rest_kernels._step_rounded_rows": (

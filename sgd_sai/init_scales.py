@@ -8,6 +8,7 @@ __all__ = [
     "ParamsWithGrad",
     "note_shapes",
     "is_flat_partition",
+    "check_flat_partitions",
     "lr_is_set",
     "collect_grads",
     "init_scales",
@@ -79,8 +80,11 @@ def is_flat_partition(
 
 
 # %% ../nbs/optimizers/init_scales.ipynb #22ef1425
-def _check_flat_partitions(opt: BaseOptimizer, new: list[tuple[Tensor, dict]]):
-    "Raise `RuntimeError` if a group that would be measured holds a flat partition in place of its parameters."
+def check_flat_partitions(
+    opt: BaseOptimizer,
+    new: list[tuple[Tensor, dict]],  # parameters that are to be looked at for the first time, with their groups
+):
+    "Raise `RuntimeError` if such a group holds a flat partition in place of its parameters."
     noted = vars(opt).get("_noted_shapes") or []
     if len(noted) != len(opt.param_groups):  # groups have been taken out, or come from an older pickle
         return
@@ -101,7 +105,7 @@ def _check_whole_tensors(opt: BaseOptimizer, new: list[tuple[Tensor, dict]]):
     "Raise `RuntimeError` if anything but a whole tensor would be measured."
     for p, group in new:
         _check_fsdp1_shard(opt, p, group)
-    _check_flat_partitions(opt, new)
+    check_flat_partitions(opt, new)
 
 
 # %% ../nbs/optimizers/init_scales.ipynb #a69b7faf

@@ -19,7 +19,7 @@ from sgd_sai.internals.sharding import (
     to_local,
 )
 
-from .init_scales import ParamsWithGrad, ParamWithGrad
+from .init_scales import ParamsWithGrad, ParamWithGrad, check_flat_partitions
 from .internals.names import listed, name_of_param, named_params
 from .kernels import check_entries
 
@@ -75,6 +75,14 @@ def _check_same_in_group(opt: torch.optim.Optimizer, entries: list[ParamWithGrad
     check_same_in_group([name for name, _ in named], [p for _, p in named], process_group, device)
 
 
+# %% ../nbs/optimizers/muon_checks.ipynb #c33fe900
+def _check_whole_rows(opt: torch.optim.Optimizer, groups: ParamsWithGrad):
+    "Raise `RuntimeError` if a flat partition stands where rows are to be normalised; looked at before a first step."
+    for group, entries in groups:
+        if not group["muon"] and group.get("rest") == "row_norm":
+            check_flat_partitions(opt, [(p, group) for p, _, state in entries if not state])
+
+
 @torch._disable_dynamo
 @torch.no_grad()
 def check_step(
@@ -84,12 +92,14 @@ def check_step(
 ):
     """Raise `RuntimeError`, with the parameter's name, for what would spoil a step of Muon and its rest.
 
-    Shapes that do not fit, gradients that are not finite, processes that hold other matrices or gradients."""
+    Shapes that do not fit, flat partitions where rows are needed, gradients that are not finite, processes that hold
+    other matrices or gradients."""
     entries = [entry for _, entries in groups for entry in entries]
     shared = [group for group, _ in groups if group["muon"]]
     _check_same_in_all_processes(opt, shared, {p for p, *_ in entries})
     if process_group is not None:
         matrices = [entry for group, entries in groups if group["muon"] for entry in entries]
         _check_same_in_group(opt, matrices, process_group)
+    _check_whole_rows(opt, groups)
     check_entries(opt, groups)
     _check_finite(opt, entries)

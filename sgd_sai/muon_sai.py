@@ -189,9 +189,9 @@ class MuonSaI(MuonOptimizer):
         params,  # a model; or dicts that define groups, with muon=True (or use_muon=True) for hidden matrices
         lr: float | Tensor = 0.02,  # of the matrices: every direction moves by about lr * step_length(...)
         rest_lr: float | Tensor | None = None,  # of the other parameters; None: the usual multiple of lr, by rule
-        weight_decay: float = 1e-2,  # decoupled; given a model, vectors have none
+        weight_decay: float = 0.1,  # decoupled; given a model, vectors have none
         *,
-        rest: str = "sgd_sai",  # rule of the other parameters: 'sgd_sai', 'sign', 'row_norm', 'adams' or 'scion'
+        rest: str = "row_norm",  # rule of the other parameters: 'row_norm', 'sign', 'adams', 'sgd_sai' or 'scion'
         momentum: float = 0.95,  # mu of the matrices, in [0, 1)
         rest_momentum: float | None = None,  # mu of the other parameters, in [0, 1); None: by rule
         nesterov: bool = True,  # for the matrices; the others have what their rule says

@@ -213,8 +213,7 @@ def _step_small_vectors(entries: list[_RowEntry], foreach: bool | None) -> list[
 
 
 # %% ../nbs/optimizers/rest_kernels.ipynb #60db8c1c
-@torch._disable_dynamo
-def _step_rounded_rows(rounding: Rounding, entry: _RowEntry, state: dict, position: int):
+def _step_rounded_row(rounding: Rounding, entry: _RowEntry, state: dict, position: int):
     "One row-normalized step of a parameter that is rounded in one of the ways of `internals.rounding`."
     options = dict(entry.settings)
     u = update_momentum(
@@ -228,6 +227,14 @@ def _step_rounded_rows(rounding: Rounding, entry: _RowEntry, state: dict, positi
         _add_(p, d, options["step"])
 
     step_rounded(update, entry.p, u, state, position, rounding.stochastic_p, False, with_momentum=False)
+
+
+@torch._disable_dynamo
+def _step_rounded_rows(opt: BaseOptimizer, rounding: Rounding, rows: list[_RowEntry], states: list[dict]):
+    "One row-normalized step of parameters that are rounded in the same way."
+    for entry, state in zip(rows, states, strict=True):
+        add_rounding_state(state, entry.p, rounding)
+        _step_rounded_row(rounding, entry, state, opt.position(entry.p))
 
 
 @torch._disable_dynamo
@@ -297,12 +304,10 @@ def _row_entries(opt: BaseOptimizer, group: dict, entries: list) -> list[_RowEnt
     for (_, p_dtype, m_dtype), alike in _by_kind(opt, group, entries).items():
         rounding = rounding_of(group, p_dtype, m_dtype)
         rows = [_RowEntry(p, g, m, dims_of_rows(p.ndim, *layout), settings) for p, g, m, _ in alike]
-        if not rounding:
+        if rounding:
+            _step_rounded_rows(opt, rounding, rows, [state for *_, state in alike])
+        else:
             measured_together += _step_small_vectors(rows, group["foreach"])
-            continue
-        for entry, (p, _, _, state) in zip(rows, alike, strict=True):
-            add_rounding_state(state, p, rounding)
-            _step_rounded_rows(rounding, entry, state, opt.position(p))
     return measured_together
 
 

@@ -116,8 +116,8 @@ _PLAIN = dict(momentum=0.9, nesterov=False)
 REST_BY_ROLE: dict[str, dict[str, dict]] = {  # from the value of `rest` and the role to hyperparameters of a group
     "sgd_sai": _alike(rest="sgd_sai", lr_factor=1.5, **_PLAIN),
     "sign": _alike(rest="sign", lr_factor=0.05, **_NESTEROV),
-    "row_norm": _alike(rest="row_norm", lr_factor=1 / 6, **_NESTEROV)
-    | {"vector": dict(rest="sign", lr_factor=1 / 6, **_NESTEROV)},
+    "row_norm": _alike(rest="row_norm", lr_factor=0.06, **_NESTEROV)
+    | {"vector": dict(rest="sign", lr_factor=0.06, **_NESTEROV)},
     "adams": _alike(rest="adams", lr_factor=0.15, **_PLAIN),
     "scion": {
         "embedding": dict(rest="row_norm", lr_factor=1 / 3, **_PLAIN),

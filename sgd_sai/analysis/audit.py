@@ -209,6 +209,9 @@ def audit(
     runs, found = experiment.runs, {}
     if differ(schedules(runs)):
         found["schedule"] = "not the same for all"
+    devices = {run["environment"]["device"].partition(":")[0] for run in runs if "environment" in run}
+    if len(devices) > 1:
+        found["device"] = " and ".join(sorted(devices))
     parts = muon_parts(experiment.stages[0] if drawn else runs)
     if differ(parts):
         found["shared part"] = ", ".join(map(optimizer_label, parts))
@@ -243,6 +246,9 @@ _OLDER = "an older sweep; its successor is compare"
 _RECIPES = "recipes are compared: each has the decay of its paper or task, which nobody tuned"
 _ALONE = "has no successor: the table has what a seed does"
 EXPLAINED: dict[tuple[str, str], str] = {  # sweep and finding -> why it stands; the first that fits
+    ("*/default", "decay differs"): "each has its own default, which is what is compared",
+    ("*/candidates", "shared part"): "a choice of settings, in which other rules than the row norm were tried at fewer",
+    ("*/candidates", "cells"): "a choice of settings, in which other rules than the row norm were tried at fewer",
     ("fashion-resnet/compare", "edge"): "the highest of the rates drawn, so that higher ones may be better still",
     ("fashion-ddpm-lora/final", "decay not tuned"): "nothing decays in it",
     ("fashion-ddpm-lora/final", "one seed"): _ALONE,

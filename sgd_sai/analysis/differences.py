@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = [
     "Difference",
+    "difference_by_seed",
     "difference",
     "verdict",
     "difference_frame",
     "against_frame",
+    "gap_text",
     "difference_text",
     "difference_matrix",
 ]
@@ -31,6 +33,17 @@ class Difference(NamedTuple):
     better: int  # seeds with which the first one is better
 
 
+def difference_by_seed(
+    task: Task,
+    first: dict[int, float],  # seed -> value of the task's metric, as from finals
+    second: dict[int, float],
+) -> Difference:
+    "How much better the first values are than the second ones, over the seeds that both have."
+    sign = 1 if task.higher_is_better else -1
+    gaps = [sign * gap for gap in paired_differences(first, second)]
+    return Difference(spread(gaps), sum(gap > 0 for gap in gaps))
+
+
 def difference(
     task: Task,
     runs: list[dict],
@@ -38,9 +51,7 @@ def difference(
     second: str,
 ) -> Difference:
     "How much better `first` is than `second`, seed by seed."
-    sign = 1 if task.higher_is_better else -1
-    gaps = [sign * gap for gap in paired_differences(finals(task, runs, first), finals(task, runs, second))]
-    return Difference(spread(gaps), sum(gap > 0 for gap in gaps))
+    return difference_by_seed(task, finals(task, runs, first), finals(task, runs, second))
 
 
 def verdict(
@@ -90,16 +101,23 @@ def against_frame(
 
 
 # %% ../../nbs/analysis/differences.ipynb #2e885322
+def gap_text(
+    gap: Spread,  # of a difference, before scaling
+    unit: Unit,
+) -> str:  # e.g. '+0.31 [+0.01, +0.61] better'
+    "A difference in the unit of the task, its interval of 95 % confidence, and the verdict."
+    mean, low, high = (f"{unit.scale * value:+.{unit.digits}f}" for value in (gap.mean, *gap.interval()))
+    return f"{mean} [{low}, {high}] {verdict(gap, unit)}"
+
+
 def difference_text(
     task: Task,
     runs: list[dict],
     first: str,  # registry names
     second: str,
-) -> str:  # e.g. '+0.31 [+0.01, +0.61] better'
-    "A difference in the unit of the task, its interval of 95 % confidence, and the verdict."
-    gap, unit = difference(task, runs, first, second).spread, task.unit
-    mean, low, high = (f"{unit.scale * value:+.{unit.digits}f}" for value in (gap.mean, *gap.interval()))
-    return f"{mean} [{low}, {high}] {verdict(gap, unit)}"
+) -> str:  # as gap_text
+    "How much better `first` is than `second`, in words."
+    return gap_text(difference(task, runs, first, second).spread, task.unit)
 
 
 def difference_matrix(

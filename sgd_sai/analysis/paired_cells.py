@@ -54,7 +54,7 @@ def cell_pairs(
 # %% ../../nbs/analysis/paired_cells.ipynb #518b0177
 def pair_frame(
     experiments: list[Experiment],  # whose first stage is a search
-    names: list[str],  # registry names
+    names: list[str],  # registry names; a search that lacks one has an empty cell
     second: str = "muon_adamw",  # what they are compared with
 ):  # DataFrame: a line per task, a column per name
     "Median over the cells of how much better each optimizer is, and in how many cells it is, in the unit of the task."
@@ -66,7 +66,8 @@ def pair_frame(
         for name in names:
             gaps = pd.Series([unit.scale * pair.gap for pair in cell_pairs(each.task, each.stages[0], name, second)])
             better = int((gaps > 0).sum())
-            row[optimizer_label(name)] = f"{gaps.median():+.{unit.digits}f} ({better} of {len(gaps)})"
+            text = f"{gaps.median():+.{unit.digits}f} ({better} of {len(gaps)})" if len(gaps) else ""
+            row[optimizer_label(name)] = text
         rows.append(row)
     return pd.DataFrame(rows).set_index("task")
 
@@ -106,8 +107,10 @@ def _draw_pairs(ax, experiment: Experiment, names: list[str], second: str):
     for name in names:
         pairs = cell_pairs(task, experiment.stages[0], name, second)
         points[name] = [(sign * unit.scale * pair.second, sign * unit.scale * pair.first) for pair in pairs]
-        best = max(best, *(value for point in points[name] for value in point))
+        best = max([best, *(value for point in points[name] for value in point)])
     for name, marker in zip(names, itertools.cycle("os^Dv"), strict=False):
+        if not points[name]:
+            continue
         label, color, _ = optimizer_style(name)
         x, y = ([sign * max(value, best - span) for value in column] for column in zip(*points[name], strict=True))
         ax.plot(x, y, marker, color=color, alpha=0.7, markersize=4.5, label=label.removeprefix("Muon + "))

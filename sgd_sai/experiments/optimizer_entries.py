@@ -227,6 +227,7 @@ _muon_sai = OptimizerEntry(
     MuonSaI,
     "Muon + SGD-SaI",
     "#BE185D",
+    settings={"rest": "sgd_sai"},
     state=rules.muon_rule(rules.sgd_sai_rule),
     traffic=_MOMENTUM,
     benchmark=StepBenchmark(label="MuonSaI", usual=False),  # one step of a large model takes many seconds on a CPU
@@ -378,11 +379,7 @@ ENTRIES += [
     _torch("adadelta", torch.optim.Adadelta, "Adadelta", ["square_avg", "acc_delta"]),
     _rmsprop,
     _torch(
-        "rmsprop_momentum",
-        torch.optim.RMSprop,
-        "RMSprop, momentum",
-        ["square_avg", "momentum_buffer"],
-        momentum=0.9,
+        "rmsprop_momentum", torch.optim.RMSprop, "RMSprop, momentum", ["square_avg", "momentum_buffer"], momentum=0.9
     ),
     _torch("rmsprop_centered", torch.optim.RMSprop, "RMSprop, centered", ["square_avg", "grad_avg"], centered=True),
     _torch("rprop", torch.optim.Rprop, "Rprop", ["prev", "step_size"]),

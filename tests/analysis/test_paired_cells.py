@@ -54,3 +54,12 @@ def test_the_figure_puts_the_second_below_and_what_does_not_fit_at_the_edge():
     assert second.get_xlim()[0] > second.get_xlim()[1]  # lower losses are on the right and above
     low, high = first.get_xlim()
     assert first.lines[-1].get_data()[0] == pytest.approx([low, high]) == first.lines[-1].get_data()[1]
+
+
+def test_an_optimizer_that_the_search_lacks_has_an_empty_cell_and_no_marks():
+    both = [run(SIGN, 0.1, 0.70), run(ADAMW, 0.1, 0.68)]
+    digits = [Experiment("x", get_task("digits-vit"), [], [both], None)]
+    found = pair_frame(digits, [SIGN, "muon_sai:adams"])
+    assert found.loc["digits-vit", "Muon + AdamS"] == "" and found.loc["digits-vit", "Muon + sign"] == "+2.00 (1 of 1)"
+    (panel,) = plot_cell_pairs(digits, [SIGN, "muon_sai:adams"]).axes
+    assert [line.get_label() for line in panel.lines if len(line.get_xdata()) == 1] == ["sign"]

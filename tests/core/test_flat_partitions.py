@@ -267,10 +267,11 @@ def test_whole_tensors_that_are_new_in_a_group_are_no_partition(processes, copie
     assert all(opt.state[p]["gsnr"] > 0 for p in new)
 
 
-def test_muon_with_a_flat_partition_of_the_rest_is_refused():
+@pytest.mark.parametrize("rule", ["sgd_sai", "row_norm"])
+def test_muon_with_a_flat_partition_of_the_rest_is_refused(rule):
     model = network()
     rest = [p for p in model.parameters() if p is not model[1].weight]
-    opt = MuonSaI([{"params": [model[1].weight], "muon": True}, {"params": rest}])
+    opt = MuonSaI([{"params": [model[1].weight], "muon": True}, {"params": rest}], rest=rule)
     opt = pickle.loads(pickle.dumps(opt))
     opt.param_groups[1]["params"] = [partition(rest, 0, 1, 2)]
     with pytest.raises(RuntimeError, match=r"a flat partition \(ZeRO\)"):

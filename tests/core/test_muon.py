@@ -57,7 +57,7 @@ def test_rule_takes_the_hidden_matrices():
 def test_each_half_is_its_own_optimizer():
     "The rest moves as under SGDSaI alone, bit by bit; the matrices as under torch.optim.Muon up to bfloat16."
     model, alone, theirs = net(), net(), net()
-    opt = MuonSaI(model, lr=0.02, sai_lr=0.03, weight_decay=0.1)
+    opt = MuonSaI(model, lr=0.02, sai_lr=0.03, weight_decay=0.1, rest="sgd_sai")
     names = set(hidden_matrices(model))
     rest = [(name, p) for name, p in alone.named_parameters() if name not in names]
     sai = SGDSaI(
@@ -99,7 +99,7 @@ def test_orthogonal_factor():
 )
 def test_copies_keep_groups_and_defaults(copied):
     model = net()
-    opt = MuonSaI(model, lr=0.02)
+    opt = MuonSaI(model, lr=0.02, rest="sgd_sai")
     gradients(model, 0)
     opt.step()
     other = copied(opt)
@@ -123,7 +123,7 @@ def test_groups_hold_hyperparameters_and_nothing_else():
     for other in (opt, copied, pickle.loads(pickle.dumps(opt)), loaded):
         other.add_param_group({"params": [("more", nn.Parameter(torch.randn(3, 3)))]})
         assert all(set(group) == expected for group in other.param_groups + other.state_dict()["param_groups"])
-    assert loaded.param_groups[-1]["lr"] == 0.02 and loaded.param_groups[-1]["lr_factor"] == 1.5
+    assert loaded.param_groups[-1]["lr"] == 0.02 and loaded.param_groups[-1]["lr_factor"] == 0.06
 
 
 def test_resume_is_exact_and_schedulers_move_both_rates():
@@ -134,7 +134,7 @@ def test_resume_is_exact_and_schedulers_move_both_rates():
         gradients(model, step)
         opt.step()
         scheduler.step()
-    assert [lr_of(g) for g in opt.param_groups] == pytest.approx([0.005, 0.0075, 0.0075, 0.0075])
+    assert [lr_of(g) for g in opt.param_groups] == pytest.approx([0.005, 0.0003, 0.0003, 0.0003])
     twin, file = copy.deepcopy(model), io.BytesIO()
     torch.save(opt.state_dict(), file)
     resumed = MuonSaI(twin, lr=1.0)
@@ -158,11 +158,10 @@ def test_rule_can_be_overridden_and_groups_say_themselves():
         ],
         lr=0.1,
         sai_lr=0.2,
+        rest_momentum=0.9,
     )
-    assert [lr_of(g) for g in opt.param_groups] == [0.5, 0.2] and [g["momentum"] for g in opt.param_groups] == [
-        0.95,
-        0.9,
-    ]
+    assert [lr_of(g) for g in opt.param_groups] == [0.5, 0.2]
+    assert [g["momentum"] for g in opt.param_groups] == [0.95, 0.9]
     frozen = net()
     for p in frozen[0].parameters():
         p.requires_grad_(False)
@@ -193,7 +192,7 @@ def test_wrong_use_is_said():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_low_precision_parameters_and_tensor_lr(dtype):
     a, b = net().to(dtype), net().to(dtype)
-    one, other = MuonSaI(a, lr=0.02), MuonSaI(b, lr=torch.tensor(0.02), sai_lr=torch.tensor(0.03))
+    one, other = MuonSaI(a, lr=0.02), MuonSaI(b, lr=torch.tensor(0.02), sai_lr=torch.tensor(0.0012))
     torch.manual_seed(3)
     for p, q in zip(a.parameters(), b.parameters(), strict=True):
         p.grad = torch.randn_like(p)

@@ -128,7 +128,7 @@ def keller_jordans_groups(model):
 def test_groups_for_keller_jordans_class_work_as_they_are():
     model, twin = net(), net()
     with pytest.warns(UserWarning, match="written for Adam.* the momentum is 0.8.* its lr of 0.003 is used as it is"):
-        opt = MuonSaI(keller_jordans_groups(model))
+        opt = MuonSaI(keller_jordans_groups(model), rest="sgd_sai")
     matrices, rest = opt.param_groups
     assert (matrices["lr"], matrices["momentum"], matrices["weight_decay"], matrices["muon"]) == (0.03, 0.9, 0.01, True)
     assert (lr_of(rest), rest["momentum"], rest["weight_decay"], rest["eps"]) == (3e-3, 0.8, 0.02, 1e-10)
@@ -143,9 +143,10 @@ def test_groups_for_keller_jordans_class_work_as_they_are():
         MuonSaI([dict(params=[vector()], use_muon=False, betas=(1.5, 0.9))])
 
 
-def test_a_group_that_is_added_without_a_mark_is_stepped_by_sgd_sai_and_a_warning_says_so():
-    opt = MuonSaI(net(), lr=0.02, sai_lr=0.05)
-    with pytest.warns(UserWarning, match="neither muon=True nor muon=False is stepped by rest='sgd_sai'"):
+@pytest.mark.parametrize("rule, momentum", [("row_norm", 0.95), ("sgd_sai", 0.9)])
+def test_a_group_that_is_added_without_a_mark_is_stepped_by_the_rule_and_a_warning_says_so(rule, momentum):
+    opt = MuonSaI(net(), lr=0.02, sai_lr=0.05, rest=rule)
+    with pytest.warns(UserWarning, match=f"neither muon=True nor muon=False is stepped by rest='{rule}'"):
         opt.add_param_group({"params": [("more", matrix())]})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -155,7 +156,7 @@ def test_a_group_that_is_added_without_a_mark_is_stepped_by_sgd_sai_and_a_warnin
     *_, more, plain, marked, unmarked = opt.param_groups
     assert [group["muon"] for group in (more, plain, marked, unmarked)] == [False, False, True, False]
     assert [lr_of(group) for group in (more, marked)] == pytest.approx([0.05, 0.02])
-    assert [group["momentum"] for group in (more, marked)] == [0.9, 0.95]
+    assert [group["momentum"] for group in (more, marked)] == [momentum, 0.95]
 
 
 @both
@@ -205,7 +206,7 @@ def write_into_a_tensor(opt, lr):
 @pytest.mark.parametrize("write", [write_one_lr, one_cycle, cyclic, write_into_a_tensor])
 @pytest.mark.parametrize("rate", [None, 0.006])
 def test_a_program_that_writes_one_lr_leaves_the_ratio_of_the_rates(cls, write, rate):
-    name, usual = {MuonSaI: ("sai_lr", 1.5), MuonAdamW: ("adamw_lr", 0.15)}[cls]
+    name, usual = {MuonSaI: ("sai_lr", 0.06), MuonAdamW: ("adamw_lr", 0.15)}[cls]
     factor = usual if rate is None else rate / 0.02
     opt, twin = (cls(net(), lr=0.02, **({name: rate} if rate else {})) for _ in range(2))
     write(opt, 0.08)
@@ -243,7 +244,7 @@ def test_rates_that_are_tensors_or_text():
     opt = MuonSaI(net(), lr=lr)
     assert all(group["lr"] is lr for group in opt.param_groups)
     lr.fill_(0.5)
-    assert rates(opt) == [0.5, 0.75, 0.75, 0.75]
+    assert rates(opt) == pytest.approx([0.5, 0.03, 0.03, 0.03])
     assert rates(MuonSaI(net(), lr=torch.tensor(0.5), sai_lr=torch.tensor(0.25))) == [0.5, 0.25, 0.25, 0.25]
     assert rates(MuonSaI(net(), lr=torch.tensor(0.0), sai_lr=torch.tensor(0.25))) == [0.0, 0.25, 0.25, 0.25]
     assert rates(MuonSaI(net(), lr="0.5", sai_lr="0.25")) == [0.5, 0.25, 0.25, 0.25]
@@ -301,7 +302,7 @@ def as_older_versions_wrote_it(state_dict):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_checkpoint_of_an_older_version_goes_on_to_the_last_bit(dtype):
     model = net().to(dtype)
-    opt = MuonSaI(model, lr=0.02)
+    opt = MuonSaI(model, lr=0.02, rest="sgd_sai")
     for seed in range(3):
         give_gradients(model, seed)
         opt.step()
@@ -391,7 +392,7 @@ def test_weights_that_are_kept_in_parts(wrapped, layer):
     model = three_layers(wrap, LAYERS[layer])
     names = dict(model.named_parameters())
     assert hidden_matrices(model) == [direction] and (gain is None or gain in names)
-    opt = MuonSaI(model)
+    opt = MuonSaI(model, rest="sgd_sai")
     x = torch.randn(2, 4) if layer == "linear" else torch.randn(2, 4, 8, 8)
     for _ in range(2):
         opt.zero_grad()

@@ -334,7 +334,7 @@ def test_large_parameters_that_are_no_matrices_go_through_the_fused_kernel_at_th
     for flags in ({}, dict(foreach=True), dict(foreach=False, fused=False)):
         for lr, own in ((0.02, {}), (0.03, {"lr": 0.03})):
             p = nn.Parameter(start.clone())
-            opt = MuonSaI([{"params": [p], "muon": False, **own}], lr=lr, weight_decay=0.1, **flags)
+            opt = MuonSaI([{"params": [p], "muon": False, **own}], lr=lr, weight_decay=0.1, rest="sgd_sai", **flags)
             p.grad = g.clone()
             opt.step()
             ends.append(p.detach())

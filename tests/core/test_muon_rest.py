@@ -309,16 +309,19 @@ def test_matrices_step_as_in_pytorch(adjust_lr, nesterov, ns_steps, ns_coefficie
 
 
 @pytest.mark.parametrize("settings", [dict(state_dtype=BF16), dict(state_dtype=INT8), dict(capturable=True)], ids=str)
-@pytest.mark.parametrize("cls", [SGDSaI, MuonSaI], ids=lambda cls: cls.__name__)
-def test_a_compiled_step_rounds_as_the_ordinary_one_does(cls, settings):
+@pytest.mark.parametrize("rest", [None, *REST_BY_ROLE])  # None: SGDSaI
+def test_a_compiled_step_rounds_as_the_ordinary_one_does(rest, settings):
     "The compiler makes every group capturable, and those of a user who asked for it round to nearest."
     ends = []
     for compiled in (False, True):
         torch._dynamo.reset()
         torch.manual_seed(0)
         params = small_params()
-        groups = groups_of(params) if cls is MuonSaI else list(params.items())
-        opt = cls(groups, lr=torch.tensor(0.02) if "capturable" in settings else 0.02, **settings)
+        lr = torch.tensor(0.02) if "capturable" in settings else 0.02
+        if rest is None:
+            opt = SGDSaI(list(params.items()), lr=lr, **settings)
+        else:
+            opt = MuonSaI(groups_of(params), lr=lr, rest=rest, **settings)
         step = torch.compile(opt.step, backend="eager") if compiled else opt.step
         for grads in gradients(4):
             give(params, grads)

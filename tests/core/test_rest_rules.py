@@ -116,7 +116,7 @@ def test_the_table_names_known_rules_for_each_role():
             check_rest(USED | settings)
     assert REST_BY_ROLE.keys() - {"scion"} == {*REST_RULES}
     rates = {rest: rest_settings(rest, "embedding", torch.empty(1, 1))["lr_factor"] for rest in REST_RULES}
-    assert rates == {"sgd_sai": 1.5, "sign": 0.05, "row_norm": 1 / 6, "adams": 0.15}
+    assert rates == {"sgd_sai": 1.5, "sign": 0.05, "row_norm": 0.06, "adams": 0.15}
 
 
 @pytest.mark.parametrize("shape, layout", [((50, 8), {}), ((8, 50), dict(transposed=True)), ((50, 2, 2, 2), {})])

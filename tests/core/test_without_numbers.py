@@ -88,7 +88,7 @@ def test_muon_sai_asks_for_the_scales_of_the_rest(mode, device):
     with mode():
         net = network(device, torch.float32)
         rest = [(name, p) for name, p in net.named_parameters() if name != "1.weight"]
-        opt = MuonSaI([{"params": [("1.weight", net[1].weight)], "muon": True}, {"params": rest}])
+        opt = MuonSaI([{"params": [("1.weight", net[1].weight)], "muon": True}, {"params": rest}], rest="sgd_sai")
         with pytest.raises(RuntimeError, match="0.weight, 0.bias, 1.bias: .*set_scales"):
             opt.step()
         assert not opt.state

@@ -348,7 +348,7 @@ def sorted_muon(name, marks, **rest):
 
     @functools.wraps(MuonSaI.__init__)
     def init(self, params, *args, **kwargs):
-        MuonSaI.__init__(self, by_dimension(params, marks), *args, **rest, **kwargs)
+        MuonSaI.__init__(self, by_dimension(params, marks), *args, **(rest | kwargs))
 
     return type(name, (MuonSaI,), {"__init__": init})
 
@@ -404,7 +404,7 @@ def muonsai_errors(error, infinite):
 
 
 MUONSAI = Kind(
-    sorted_muon("SortedMuonSaI", {"muon": True}),
+    sorted_muon("SortedMuonSaI", {"muon": True}, rest="sgd_sai", weight_decay=0.01),
     sgd_sai.kernels,
     muonsai_table,
     muonsai_errors,

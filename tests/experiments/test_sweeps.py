@@ -367,7 +367,7 @@ def test_optimizers_that_share_muon_are_searched_at_the_same_matrices():
         muons = [name for name in sweep.optimizers if name.startswith("muon")]
         settings = {name: draw_settings(sweep.random[name], sweep.cells) for name in muons}
         shared = {name: [(s["lr"], s["weight_decay"]) for s in drawn] for name, drawn in settings.items()}
-        assert len(muons) > 2 and len({str(pairs) for pairs in shared.values()}) == 1, path
+        assert len(muons) > 1 and len({str(pairs) for pairs in shared.values()}) == 1, path
         assert {name for name in sweep.random} == set(sweep.optimizers)
 
 

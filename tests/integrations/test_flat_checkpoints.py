@@ -24,7 +24,8 @@ IMPLEMENTATIONS = {
 def patterns(cls, **flags):
     "Pattern and hyperparameters of each group; the first that fits counts."
     if cls is MuonSaI:
-        return [(r"^(up|down)\.weight$", dict(muon=True, **flags)), (r".*", dict(muon=False, **flags))]
+        rest = {"rest": "sgd_sai"} if flags.get("fused") else {}  # the only rule with that form
+        return [(r"^(up|down)\.weight$", dict(muon=True, **flags)), (r".*", dict(muon=False, **rest, **flags))]
     return [(r"\.bias$|norm", dict(weight_decay=0.0, **flags)), (r".*", dict(weight_decay=0.1, **flags))]
 
 

@@ -62,7 +62,7 @@ def test_trainer_gives_all_options_to_the_factory(tmp_path):
         ("head", "row_norm"),
         ("vector", "sign"),
     }
-    assert {group["lr_factor"] for group in groups if group["role"] in ("head", "vector")} == {0.5, 1 / 6}
+    assert {group["lr_factor"] for group in groups if group["role"] in ("head", "vector")} == {0.5, 0.06}
 
 
 def test_lightning_takes_it_from_configure_optimizers(tmp_path):

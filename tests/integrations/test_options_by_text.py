@@ -92,7 +92,7 @@ def test_everything_is_text_for_muon_too():
     ]
     opt = by_name("sgd_sai.MuonSaI", groups, **texts("lr=0.02,sai_lr=0.01,nesterov=false,momentum=0.9"))
     train(model, opt)
-    settings = dict(lr=0.02, sai_lr=0.01, nesterov=False, momentum=0.9, weight_decay=0.01)
+    settings = dict(lr=0.02, sai_lr=0.01, nesterov=False, momentum=0.9, weight_decay=0.1)
 
     def same(model):
         named = trainable(model)
