@@ -64,7 +64,11 @@ def rest_options(
     if rest not in REST_BY_ROLE:
         raise ValueError(f"Invalid rest: {rest!r} (known: {', '.join(map(repr, REST_BY_ROLE))})")
     given = {} if rest_lr is None else rate_of_others(lr, rest_lr, 1.0)
-    return {"rest": rest} | given | ({} if rest_momentum is None else {"momentum": rest_momentum})
+    if rest_momentum is not None:
+        given["momentum"] = rest_momentum
+        if rest_momentum == 0:
+            given["nesterov"] = False  # without a momentum there is nothing to look ahead with
+    return {"rest": rest} | given
 
 
 def _role_of(group: dict, params: list[Tensor]) -> str:

@@ -42,7 +42,7 @@ SETTINGS = {  # of each class that can step one parameter at a time
     },
     MuonSaI: {
         **OF_ALL,
-        "no momentum": dict(momentum=0.0, nesterov=False, rest_momentum=0.0, rest="sgd_sai"),
+        "no momentum": dict(momentum=0.0, nesterov=False, rest_momentum=0.0),
         "int8 state": dict(state_dtype=torch.int8),
         "lengths and iterations": dict(adjust_lr="match_rms_adamw", ns_steps=3, ns_coefficients="polar_express"),
         "forloop": dict(foreach=False, fused=False),

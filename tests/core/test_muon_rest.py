@@ -332,6 +332,14 @@ def test_a_compiled_step_rounds_as_the_ordinary_one_does(rest, settings):
     torch.testing.assert_close(*ends, **tolerance)
 
 
+@pytest.mark.parametrize("rest", REST_BY_ROLE)
+def test_the_rest_works_without_a_momentum(rest):
+    "The rules with Nesterov's momentum leave it out then, and the matrices keep theirs."
+    opt = MuonSaI(groups_of(small_params()), rest=rest, rest_momentum=0.0)
+    for group in opt.param_groups:
+        assert (group["momentum"], group["nesterov"]) == ((0.95, True) if group["muon"] else (0.0, False))
+
+
 @each_rest
 def test_rates_may_be_tensors(rest):
     "With capturable=True on the CPU: the steps are those of a rate that is a number."
