@@ -2864,6 +2864,10 @@ d = {
                 "experiments/tasks/text.html#textwindows.__len__",
                 "sgd_sai/experiments/tasks/text.py",
             ),
+            "sgd_sai.experiments.tasks.text.TextWindows.cut": (
+                "experiments/tasks/text.html#textwindows.cut",
+                "sgd_sai/experiments/tasks/text.py",
+            ),
             "sgd_sai.experiments.tasks.text.build_gpt2": (
                 "experiments/tasks/text.html#build_gpt2",
                 "sgd_sai/experiments/tasks/text.py",
@@ -2886,6 +2890,10 @@ d = {
             ),
             "sgd_sai.experiments.tasks.text.predict_next": (
                 "experiments/tasks/text.html#predict_next",
+                "sgd_sai/experiments/tasks/text.py",
+            ),
+            "sgd_sai.experiments.tasks.text.shakespeare_large": (
+                "experiments/tasks/text.html#shakespeare_large",
                 "sgd_sai/experiments/tasks/text.py",
             ),
             "sgd_sai.experiments.tasks.text.split_text": (
@@ -3007,6 +3015,7 @@ d = {
             "sgd_sai.experiments.train._average_": ("experiments/train.html#_average_", "sgd_sai/experiments/train.py"),
             "sgd_sai.experiments.train._backward": ("experiments/train.html#_backward", "sgd_sai/experiments/train.py"),
             "sgd_sai.experiments.train._clip": ("experiments/train.html#_clip", "sgd_sai/experiments/train.py"),
+            "sgd_sai.experiments.train._cut": ("experiments/train.html#_cut", "sgd_sai/experiments/train.py"),
             "sgd_sai.experiments.train._loader": ("experiments/train.html#_loader", "sgd_sai/experiments/train.py"),
             "sgd_sai.experiments.train._parts": ("experiments/train.html#_parts", "sgd_sai/experiments/train.py"),
             "sgd_sai.experiments.train._prepare": ("experiments/train.html#_prepare", "sgd_sai/experiments/train.py"),
