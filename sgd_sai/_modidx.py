@@ -2773,6 +2773,102 @@ d = {
                 "sgd_sai/experiments/tasks/paper_recipes.py",
             ),
         },
+        "sgd_sai.experiments.tasks.python_gpt2": {
+            "sgd_sai.experiments.tasks.python_gpt2.SourceWindows": (
+                "experiments/tasks/python_gpt2.html#sourcewindows",
+                "sgd_sai/experiments/tasks/python_gpt2.py",
+            ),
+            "sgd_sai.experiments.tasks.python_gpt2._about": (
+                "experiments/tasks/python_gpt2.html#_about",
+                "sgd_sai/experiments/tasks/python_gpt2.py",
+            ),
+            "sgd_sai.experiments.tasks.python_gpt2._check_length": (
+                "experiments/tasks/python_gpt2.html#_check_length",
+                "sgd_sai/experiments/tasks/python_gpt2.py",
+            ),
+            "sgd_sai.experiments.tasks.python_gpt2._chosen": (
+                "experiments/tasks/python_gpt2.html#_chosen",
+                "sgd_sai/experiments/tasks/python_gpt2.py",
+            ),
+            "sgd_sai.experiments.tasks.python_gpt2._make_tokens": (
+                "experiments/tasks/python_gpt2.html#_make_tokens",
+                "sgd_sai/experiments/tasks/python_gpt2.py",
+            ),
+            "sgd_sai.experiments.tasks.python_gpt2._progress_bar": (
+                "experiments/tasks/python_gpt2.html#_progress_bar",
+                "sgd_sai/experiments/tasks/python_gpt2.py",
+            ),
+            "sgd_sai.experiments.tasks.python_gpt2.describe_sources": (
+                "experiments/tasks/python_gpt2.html#describe_sources",
+                "sgd_sai/experiments/tasks/python_gpt2.py",
+            ),
+            "sgd_sai.experiments.tasks.python_gpt2.encode_texts": (
+                "experiments/tasks/python_gpt2.html#encode_texts",
+                "sgd_sai/experiments/tasks/python_gpt2.py",
+            ),
+            "sgd_sai.experiments.tasks.python_gpt2.load_python": (
+                "experiments/tasks/python_gpt2.html#load_python",
+                "sgd_sai/experiments/tasks/python_gpt2.py",
+            ),
+            "sgd_sai.experiments.tasks.python_gpt2.python_gpt2": (
+                "experiments/tasks/python_gpt2.html#python_gpt2",
+                "sgd_sai/experiments/tasks/python_gpt2.py",
+            ),
+            "sgd_sai.experiments.tasks.python_gpt2.tokens_made_once": (
+                "experiments/tasks/python_gpt2.html#tokens_made_once",
+                "sgd_sai/experiments/tasks/python_gpt2.py",
+            ),
+            "sgd_sai.experiments.tasks.python_gpt2.train_byte_pairs": (
+                "experiments/tasks/python_gpt2.html#train_byte_pairs",
+                "sgd_sai/experiments/tasks/python_gpt2.py",
+            ),
+        },
+        "sgd_sai.experiments.tasks.python_sources": {
+            "sgd_sai.experiments.tasks.python_sources.Source": (
+                "experiments/tasks/python_sources.html#source",
+                "sgd_sai/experiments/tasks/python_sources.py",
+            ),
+            "sgd_sai.experiments.tasks.python_sources.SourceSplit": (
+                "experiments/tasks/python_sources.html#sourcesplit",
+                "sgd_sai/experiments/tasks/python_sources.py",
+            ),
+            "sgd_sai.experiments.tasks.python_sources._long_lines": (
+                "experiments/tasks/python_sources.html#_long_lines",
+                "sgd_sai/experiments/tasks/python_sources.py",
+            ),
+            "sgd_sai.experiments.tasks.python_sources._sha256": (
+                "experiments/tasks/python_sources.html#_sha256",
+                "sgd_sai/experiments/tasks/python_sources.py",
+            ),
+            "sgd_sai.experiments.tasks.python_sources.choose_sources": (
+                "experiments/tasks/python_sources.html#choose_sources",
+                "sgd_sai/experiments/tasks/python_sources.py",
+            ),
+            "sgd_sai.experiments.tasks.python_sources.count_packages": (
+                "experiments/tasks/python_sources.html#count_packages",
+                "sgd_sai/experiments/tasks/python_sources.py",
+            ),
+            "sgd_sai.experiments.tasks.python_sources.python_files": (
+                "experiments/tasks/python_sources.html#python_files",
+                "sgd_sai/experiments/tasks/python_sources.py",
+            ),
+            "sgd_sai.experiments.tasks.python_sources.read_source": (
+                "experiments/tasks/python_sources.html#read_source",
+                "sgd_sai/experiments/tasks/python_sources.py",
+            ),
+            "sgd_sai.experiments.tasks.python_sources.source_folders": (
+                "experiments/tasks/python_sources.html#source_folders",
+                "sgd_sai/experiments/tasks/python_sources.py",
+            ),
+            "sgd_sai.experiments.tasks.python_sources.source_list": (
+                "experiments/tasks/python_sources.html#source_list",
+                "sgd_sai/experiments/tasks/python_sources.py",
+            ),
+            "sgd_sai.experiments.tasks.python_sources.split_sources": (
+                "experiments/tasks/python_sources.html#split_sources",
+                "sgd_sai/experiments/tasks/python_sources.py",
+            ),
+        },
         "sgd_sai.experiments.tasks.registry": {
             "sgd_sai.experiments.tasks.registry.get_task": (
                 "experiments/tasks/registry.html#get_task",
@@ -2832,6 +2928,10 @@ d = {
             ),
             "sgd_sai.experiments.tasks.task.fetch_file": (
                 "experiments/tasks/task.html#fetch_file",
+                "sgd_sai/experiments/tasks/task.py",
+            ),
+            "sgd_sai.experiments.tasks.task.save_tensors": (
+                "experiments/tasks/task.html#save_tensors",
                 "sgd_sai/experiments/tasks/task.py",
             ),
             "sgd_sai.experiments.tasks.task.where_present": (
