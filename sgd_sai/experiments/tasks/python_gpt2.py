@@ -222,4 +222,5 @@ def python_gpt2(
     )
 
 
+# %% ../../../nbs/experiments/tasks/python_gpt2.ipynb #2246773d
 PYTHON_TASK = python_gpt2()

@@ -73,6 +73,7 @@ class TextWindows(Dataset):
         return windows[:, :-1], windows[:, 1:]
 
 
+# %% ../../../nbs/experiments/tasks/text.ipynb #40b6ff3a
 def split_text(
     tokens: Tensor,  # the whole text
     block: int,  # window length
