@@ -15,9 +15,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from sgd_sai.analysis.audit import audit, decay_per_step, muon_parts
 from sgd_sai.analysis.rankings import Experiment
+from sgd_sai.experiments.precision import make_accelerator
 from sgd_sai.experiments.run_specs import make_spec
 from sgd_sai.experiments.runs import load_runs
 from sgd_sai.experiments.sweep import expand, read_sweep, run_sweep
@@ -49,6 +51,7 @@ from sgd_sai.experiments.train import batches, train
 
 ROOT = Path(__file__).resolve().parents[2]
 LARGE = ("shakespeare-gpt-large", "python-gpt2")
+each_device = pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 
 
 def code(i, lines=30):
@@ -336,11 +339,12 @@ def only_here(monkeypatch):
     return lambda task: monkeypatch.setitem(TASKS, task.name, task)
 
 
-def test_python_task_runs_with_all_its_optimizers(folders, tmp_path, only_here):
+@each_device
+def test_python_task_runs_with_all_its_optimizers(folders, tmp_path, only_here, device):
     task = tiny_python(folders)
     only_here(task)
     names = list(task.settings)
-    made = run_sweep(write_sweep(tmp_path, task.name, names), tmp_path / "runs", data_dir=tmp_path, device="cpu")
+    made = run_sweep(write_sweep(tmp_path, task.name, names), tmp_path / "runs", data_dir=tmp_path, device=device)
     assert made["trained"] == 5 and not made["failures"]
     data = task.load(tmp_path)
     for run in load_runs(tmp_path / "runs", task.name):
@@ -348,13 +352,14 @@ def test_python_task_runs_with_all_its_optimizers(folders, tmp_path, only_here):
         assert run["hyperparameters"].keys() == task.settings[run["optimizer"]].keys()
 
 
-def test_shakespeare_recipe_runs(tmp_path, monkeypatch, only_here):
+@each_device
+def test_shakespeare_recipe_runs(tmp_path, monkeypatch, only_here, device):
     monkeypatch.setitem(text.SHAKESPEARE_FILE, "sha256", None)
     (tmp_path / "tinyshakespeare.txt").write_text("What's in a name? That which we call a rose\n" * 40)
     task = shakespeare_large(layers=1, heads=2, width=16, block=8)
     only_here(task)
     sweep = write_sweep(tmp_path, task.name, ["adamw", "muon_sai:row_norm"])
-    made = run_sweep(sweep, tmp_path / "runs", data_dir=tmp_path, device="cpu")
+    made = run_sweep(sweep, tmp_path / "runs", data_dir=tmp_path, device=device)
     assert made["trained"] == 2 and not made["failures"]
 
 
@@ -436,3 +441,27 @@ def test_batches_are_the_same_in_one_operation_as_window_by_window(folders, tmp_
     plain = replace(task, extra=None)
     fast_run, slow_run = (train(plain, some, spec, device="cpu") for some in (data, slow))
     assert fast_run["final"] == slow_run["final"]
+
+
+@pytest.mark.gpu
+def test_the_text_is_copied_to_the_gpu_once(folders, tmp_path):
+    task = tiny_python(folders)
+    data, spec = task.load(tmp_path), make_spec(task, task.load(tmp_path), "adamw", batch_size=5)
+    prepare = make_accelerator("bf16", "cuda").prepare
+    on_gpu, here = batches(task, data, spec, prepare), batches(task, task.load(tmp_path), spec)
+    for _ in range(3):
+        batch = next(on_gpu)
+        assert batch[0].device.type == "cuda" and all(map(torch.equal, [part.cpu() for part in batch], next(here)))
+        copy = data.train.copy
+    next(on_gpu)
+    assert data.train.copy is copy and data.train.tokens.device.type == "cpu"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_attention_on_a_gpu_is_the_flash_kernel(dropout):
+    "Which refuses masks: with one, the matrix of attention weights would be stored after all."
+    model = build_gpt2({"vocab_size": 65, "block": 64}, 2, 2, 128, dropout).cuda().train()
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION), torch.autocast("cuda", torch.bfloat16):
+        model(torch.randint(65, (2, 64), device="cuda")).logits.sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())

@@ -213,7 +213,7 @@ def python_gpt2(
         extra=describe_sources,
         settings=with_control(
             {
-                "sgd_sai": dict(lr=0.002, weight_decay=0.05),
+                "sgd_sai": dict(lr=0.0008, weight_decay=0.125),
                 "adamw": dict(lr=0.001, weight_decay=0.1, betas=(0.9, 0.95)),
                 "muon_adamw": dict(adamw_lr=0.001, **muon),
                 "muon_sai:row_norm": dict(rest_lr=0.001, **muon),
