@@ -3235,6 +3235,7 @@ d = {
             "sgd_sai.gsnr._by_rows": ("optimizers/gsnr.html#_by_rows", "sgd_sai/gsnr.py"),
             "sgd_sai.gsnr._cpu_sums": ("optimizers/gsnr.html#_cpu_sums", "sgd_sai/gsnr.py"),
             "sgd_sai.gsnr._global_sums": ("optimizers/gsnr.html#_global_sums", "sgd_sai/gsnr.py"),
+            "sgd_sai.gsnr._gpu_sums": ("optimizers/gsnr.html#_gpu_sums", "sgd_sai/gsnr.py"),
             "sgd_sai.gsnr._gsnr_of": ("optimizers/gsnr.html#_gsnr_of", "sgd_sai/gsnr.py"),
             "sgd_sai.gsnr._is_exact": ("optimizers/gsnr.html#_is_exact", "sgd_sai/gsnr.py"),
             "sgd_sai.gsnr._moments_of_sums": ("optimizers/gsnr.html#_moments_of_sums", "sgd_sai/gsnr.py"),
@@ -3800,18 +3801,70 @@ d = {
                 "sgd_sai/internals/single_steps.py",
             ),
         },
+        "sgd_sai.internals.tensor_tables": {
+            "sgd_sai.internals.tensor_tables.BlockTable": (
+                "internals/tensor_tables.html#blocktable",
+                "sgd_sai/internals/tensor_tables.py",
+            ),
+            "sgd_sai.internals.tensor_tables._known_block_table": (
+                "internals/tensor_tables.html#_known_block_table",
+                "sgd_sai/internals/tensor_tables.py",
+            ),
+            "sgd_sai.internals.tensor_tables._known_table": (
+                "internals/tensor_tables.html#_known_table",
+                "sgd_sai/internals/tensor_tables.py",
+            ),
+            "sgd_sai.internals.tensor_tables._new_block_table": (
+                "internals/tensor_tables.html#_new_block_table",
+                "sgd_sai/internals/tensor_tables.py",
+            ),
+            "sgd_sai.internals.tensor_tables._new_table": (
+                "internals/tensor_tables.html#_new_table",
+                "sgd_sai/internals/tensor_tables.py",
+            ),
+            "sgd_sai.internals.tensor_tables._on_device": (
+                "internals/tensor_tables.html#_on_device",
+                "sgd_sai/internals/tensor_tables.py",
+            ),
+            "sgd_sai.internals.tensor_tables.address_table": (
+                "internals/tensor_tables.html#address_table",
+                "sgd_sai/internals/tensor_tables.py",
+            ),
+            "sgd_sai.internals.tensor_tables.block_table": (
+                "internals/tensor_tables.html#block_table",
+                "sgd_sai/internals/tensor_tables.py",
+            ),
+            "sgd_sai.internals.tensor_tables.has_triton": (
+                "internals/tensor_tables.html#has_triton",
+                "sgd_sai/internals/tensor_tables.py",
+            ),
+            "sgd_sai.internals.tensor_tables.is_fused_by_triton": (
+                "internals/tensor_tables.html#is_fused_by_triton",
+                "sgd_sai/internals/tensor_tables.py",
+            ),
+            "sgd_sai.internals.tensor_tables.measures_by_triton": (
+                "internals/tensor_tables.html#measures_by_triton",
+                "sgd_sai/internals/tensor_tables.py",
+            ),
+            "sgd_sai.internals.tensor_tables.number_table": (
+                "internals/tensor_tables.html#number_table",
+                "sgd_sai/internals/tensor_tables.py",
+            ),
+            "sgd_sai.internals.tensor_tables.takes_triton": (
+                "internals/tensor_tables.html#takes_triton",
+                "sgd_sai/internals/tensor_tables.py",
+            ),
+        },
         "sgd_sai.kernels": {
             "sgd_sai.kernels.Rounding": ("optimizers/kernels.html#rounding", "sgd_sai/kernels.py"),
             "sgd_sai.kernels._add_": ("optimizers/kernels.html#_add_", "sgd_sai/kernels.py"),
             "sgd_sai.kernels._are_ordinary": ("optimizers/kernels.html#_are_ordinary", "sgd_sai/kernels.py"),
             "sgd_sai.kernels._batches": ("optimizers/kernels.html#_batches", "sgd_sai/kernels.py"),
-            "sgd_sai.kernels._choose_kernel": ("optimizers/kernels.html#_choose_kernel", "sgd_sai/kernels.py"),
             "sgd_sai.kernels._for_loop": ("optimizers/kernels.html#_for_loop", "sgd_sai/kernels.py"),
             "sgd_sai.kernels._foreach": ("optimizers/kernels.html#_foreach", "sgd_sai/kernels.py"),
             "sgd_sai.kernels._fused": ("optimizers/kernels.html#_fused", "sgd_sai/kernels.py"),
             "sgd_sai.kernels._fused_sgd": ("optimizers/kernels.html#_fused_sgd", "sgd_sai/kernels.py"),
             "sgd_sai.kernels._fused_tensor": ("optimizers/kernels.html#_fused_tensor", "sgd_sai/kernels.py"),
-            "sgd_sai.kernels._largest_scale": ("optimizers/kernels.html#_largest_scale", "sgd_sai/kernels.py"),
             "sgd_sai.kernels._not_obviously_right": (
                 "optimizers/kernels.html#_not_obviously_right",
                 "sgd_sai/kernels.py",
@@ -3821,15 +3874,15 @@ d = {
                 "optimizers/kernels.html#_scaled_add_in_batches_",
                 "sgd_sai/kernels.py",
             ),
-            "sgd_sai.kernels._sort_entries": ("optimizers/kernels.html#_sort_entries", "sgd_sai/kernels.py"),
-            "sgd_sai.kernels._step_entries": ("optimizers/kernels.html#_step_entries", "sgd_sai/kernels.py"),
-            "sgd_sai.kernels._step_group": ("optimizers/kernels.html#_step_group", "sgd_sai/kernels.py"),
-            "sgd_sai.kernels._step_rounded": ("optimizers/kernels.html#_step_rounded", "sgd_sai/kernels.py"),
             "sgd_sai.kernels._step_tensor": ("optimizers/kernels.html#_step_tensor", "sgd_sai/kernels.py"),
             "sgd_sai.kernels.add_rounding_state": ("optimizers/kernels.html#add_rounding_state", "sgd_sai/kernels.py"),
             "sgd_sai.kernels.check_entries": ("optimizers/kernels.html#check_entries", "sgd_sai/kernels.py"),
+            "sgd_sai.kernels.choose_kernel": ("optimizers/kernels.html#choose_kernel", "sgd_sai/kernels.py"),
             "sgd_sai.kernels.rounding_of": ("optimizers/kernels.html#rounding_of", "sgd_sai/kernels.py"),
-            "sgd_sai.kernels.step_groups": ("optimizers/kernels.html#step_groups", "sgd_sai/kernels.py"),
+            "sgd_sai.kernels.step_rounded_entries": (
+                "optimizers/kernels.html#step_rounded_entries",
+                "sgd_sai/kernels.py",
+            ),
         },
         "sgd_sai.model_layers": {
             "sgd_sai.model_layers.LayerParameter": (
@@ -4453,6 +4506,27 @@ d = {
             "sgd_sai.sgd_sai._step_param": ("optimizers/sgd_sai.html#_step_param", "sgd_sai/sgd_sai.py"),
             "sgd_sai.sgd_sai.sgd_sai_reference": ("optimizers/sgd_sai.html#sgd_sai_reference", "sgd_sai/sgd_sai.py"),
         },
+        "sgd_sai.step_groups": {
+            "sgd_sai.step_groups._keys": ("optimizers/step_groups.html#_keys", "sgd_sai/step_groups.py"),
+            "sgd_sai.step_groups._largest_scale": (
+                "optimizers/step_groups.html#_largest_scale",
+                "sgd_sai/step_groups.py",
+            ),
+            "sgd_sai.step_groups._sort_entries": (
+                "optimizers/step_groups.html#_sort_entries",
+                "sgd_sai/step_groups.py",
+            ),
+            "sgd_sai.step_groups._step_by_triton": (
+                "optimizers/step_groups.html#_step_by_triton",
+                "sgd_sai/step_groups.py",
+            ),
+            "sgd_sai.step_groups._step_entries": (
+                "optimizers/step_groups.html#_step_entries",
+                "sgd_sai/step_groups.py",
+            ),
+            "sgd_sai.step_groups._step_group": ("optimizers/step_groups.html#_step_group", "sgd_sai/step_groups.py"),
+            "sgd_sai.step_groups.step_groups": ("optimizers/step_groups.html#step_groups", "sgd_sai/step_groups.py"),
+        },
         "sgd_sai.step_in_backward": {
             "sgd_sai.step_in_backward.GradientHooks": (
                 "optimizers/step_in_backward.html#gradienthooks",
@@ -4555,6 +4629,32 @@ d = {
             "sgd_sai.step_in_backward.check_in_backward": (
                 "optimizers/step_in_backward.html#check_in_backward",
                 "sgd_sai/step_in_backward.py",
+            ),
+        },
+        "sgd_sai.triton_step": {
+            "sgd_sai.triton_step._alike": ("optimizers/triton_step.html#_alike", "sgd_sai/triton_step.py"),
+            "sgd_sai.triton_step._bfloat16": ("optimizers/triton_step.html#_bfloat16", "sgd_sai/triton_step.py"),
+            "sgd_sai.triton_step._launch": ("optimizers/triton_step.html#_launch", "sgd_sai/triton_step.py"),
+            "sgd_sai.triton_step._noise": ("optimizers/triton_step.html#_noise", "sgd_sai/triton_step.py"),
+            "sgd_sai.triton_step._scale_table": ("optimizers/triton_step.html#_scale_table", "sgd_sai/triton_step.py"),
+            "sgd_sai.triton_step._step_block": ("optimizers/triton_step.html#_step_block", "sgd_sai/triton_step.py"),
+            "sgd_sai.triton_step.fits_triton": ("optimizers/triton_step.html#fits_triton", "sgd_sai/triton_step.py"),
+            "sgd_sai.triton_step.step_by_triton": (
+                "optimizers/triton_step.html#step_by_triton",
+                "sgd_sai/triton_step.py",
+            ),
+        },
+        "sgd_sai.triton_sums": {
+            "sgd_sai.triton_sums._add_blocks": ("optimizers/triton_sums.html#_add_blocks", "sgd_sai/triton_sums.py"),
+            "sgd_sai.triton_sums._sum_block": ("optimizers/triton_sums.html#_sum_block", "sgd_sai/triton_sums.py"),
+            "sgd_sai.triton_sums._sums_of_dtype": (
+                "optimizers/triton_sums.html#_sums_of_dtype",
+                "sgd_sai/triton_sums.py",
+            ),
+            "sgd_sai.triton_sums.can_sum": ("optimizers/triton_sums.html#can_sum", "sgd_sai/triton_sums.py"),
+            "sgd_sai.triton_sums.sums_by_triton": (
+                "optimizers/triton_sums.html#sums_by_triton",
+                "sgd_sai/triton_sums.py",
             ),
         },
         "sgd_sai.weight_layouts": {
