@@ -8,13 +8,11 @@ counts as missing, not as failed."""
 import json
 import os
 import re
-import time
 from collections import Counter
 from pathlib import Path
 
 RECORD = "GPU_TESTS_RECORD"
 LAST_LINES = 15
-EVERY = 2.0  # seconds between two writes while nothing fails
 NO_MODULE = re.compile(r"ModuleNotFoundError: No module named '(\w+)")
 
 
@@ -40,22 +38,20 @@ class Keeper:
     "What came of each test, in a file."
 
     def __init__(self, path):
-        self.path, self.record, self.written = path, read_record(path), 0.0
+        self.path, self.record = path, read_record(path)
         self.outcomes = self.record.setdefault("outcomes", {})  # test -> passed, skipped, failed, missing
         self.failures = self.record.setdefault("failures", {})  # test -> last lines
         self.missing = self.record.setdefault("missing", {})  # package -> tests
         self.running = {}
         self.record["status"] = "unfinished"
 
-    def write(self, now=False):
-        "Write the record, at once or if it is time."
-        if now or time.monotonic() - self.written > EVERY:
-            self.record |= {"counts": dict(Counter(self.outcomes.values())), "running": list(self.running)}
-            write_whole(self.path, self.record)
-            self.written = time.monotonic()
+    def write(self):
+        "Write the record."
+        self.record |= {"counts": dict(Counter(self.outcomes.values())), "running": list(self.running)}
+        write_whole(self.path, self.record)
 
     def keep(self, test, outcome, text=""):
-        "Keep one outcome; a failure is written at once."
+        "Keep one outcome."
         module = missing_module(text) if outcome == "failed" else None
         self.outcomes[test] = "missing" if module else outcome
         self.failures.pop(test, None)
@@ -65,14 +61,15 @@ class Keeper:
                 self.missing[module].append(test)
         elif outcome == "failed":
             self.failures[test] = text.strip().splitlines()[-LAST_LINES:]
-        self.write(now=outcome == "failed")
 
     def pytest_runtest_logstart(self, nodeid):
         self.running[nodeid] = True
         self.outcomes.pop(nodeid, None)  # of an earlier run; a failure stays until the test has ended again
+        self.write()
 
     def pytest_runtest_logfinish(self, nodeid):
         self.running.pop(nodeid, None)
+        self.write()
 
     def pytest_runtest_logreport(self, report):
         ended = report.when == "call" or report.outcome != "passed"
@@ -88,7 +85,7 @@ class Keeper:
         if not interrupted:
             passed = "passed" in self.outcomes.values()
             self.record["status"] = "failed" if self.failures or broken else "passed" if passed else "missing"
-        self.write(now=True)
+        self.write()
         if self.record["status"] == "passed":
             del self.record["outcomes"]  # the counts say it
             write_whole(self.path, self.record)

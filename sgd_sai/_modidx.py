@@ -340,6 +340,87 @@ d = {
                 "sgd_sai/analysis/differences.py",
             ),
         },
+        "sgd_sai.analysis.gpu_tables": {
+            "sgd_sai.analysis.gpu_tables.GpuTarget": (
+                "analysis/gpu_tables.html#gputarget",
+                "sgd_sai/analysis/gpu_tables.py",
+            ),
+            "sgd_sai.analysis.gpu_tables._failed_tests": (
+                "analysis/gpu_tables.html#_failed_tests",
+                "sgd_sai/analysis/gpu_tables.py",
+            ),
+            "sgd_sai.analysis.gpu_tables._gsnr": ("analysis/gpu_tables.html#_gsnr", "sgd_sai/analysis/gpu_tables.py"),
+            "sgd_sai.analysis.gpu_tables._measured_text": (
+                "analysis/gpu_tables.html#_measured_text",
+                "sgd_sai/analysis/gpu_tables.py",
+            ),
+            "sgd_sai.analysis.gpu_tables._model_targets": (
+                "analysis/gpu_tables.html#_model_targets",
+                "sgd_sai/analysis/gpu_tables.py",
+            ),
+            "sgd_sai.analysis.gpu_tables._over_floor": (
+                "analysis/gpu_tables.html#_over_floor",
+                "sgd_sai/analysis/gpu_tables.py",
+            ),
+            "sgd_sai.analysis.gpu_tables._part_notes": (
+                "analysis/gpu_tables.html#_part_notes",
+                "sgd_sai/analysis/gpu_tables.py",
+            ),
+            "sgd_sai.analysis.gpu_tables._ratio": ("analysis/gpu_tables.html#_ratio", "sgd_sai/analysis/gpu_tables.py"),
+            "sgd_sai.analysis.gpu_tables._temporary": (
+                "analysis/gpu_tables.html#_temporary",
+                "sgd_sai/analysis/gpu_tables.py",
+            ),
+            "sgd_sai.analysis.gpu_tables._units_that": (
+                "analysis/gpu_tables.html#_units_that",
+                "sgd_sai/analysis/gpu_tables.py",
+            ),
+            "sgd_sai.analysis.gpu_tables._waits": ("analysis/gpu_tables.html#_waits", "sgd_sai/analysis/gpu_tables.py"),
+            "sgd_sai.analysis.gpu_tables.gpu_compared_table": (
+                "analysis/gpu_tables.html#gpu_compared_table",
+                "sgd_sai/analysis/gpu_tables.py",
+            ),
+            "sgd_sai.analysis.gpu_tables.gpu_first_table": (
+                "analysis/gpu_tables.html#gpu_first_table",
+                "sgd_sai/analysis/gpu_tables.py",
+            ),
+            "sgd_sai.analysis.gpu_tables.gpu_left_out": (
+                "analysis/gpu_tables.html#gpu_left_out",
+                "sgd_sai/analysis/gpu_tables.py",
+            ),
+            "sgd_sai.analysis.gpu_tables.gpu_memory_table": (
+                "analysis/gpu_tables.html#gpu_memory_table",
+                "sgd_sai/analysis/gpu_tables.py",
+            ),
+            "sgd_sai.analysis.gpu_tables.gpu_part_table": (
+                "analysis/gpu_tables.html#gpu_part_table",
+                "sgd_sai/analysis/gpu_tables.py",
+            ),
+            "sgd_sai.analysis.gpu_tables.gpu_step_table": (
+                "analysis/gpu_tables.html#gpu_step_table",
+                "sgd_sai/analysis/gpu_tables.py",
+            ),
+            "sgd_sai.analysis.gpu_tables.gpu_target_table": (
+                "analysis/gpu_tables.html#gpu_target_table",
+                "sgd_sai/analysis/gpu_tables.py",
+            ),
+            "sgd_sai.analysis.gpu_tables.gpu_targets": (
+                "analysis/gpu_tables.html#gpu_targets",
+                "sgd_sai/analysis/gpu_tables.py",
+            ),
+            "sgd_sai.analysis.gpu_tables.gpu_training_table": (
+                "analysis/gpu_tables.html#gpu_training_table",
+                "sgd_sai/analysis/gpu_tables.py",
+            ),
+            "sgd_sai.analysis.gpu_tables.gpu_unit": (
+                "analysis/gpu_tables.html#gpu_unit",
+                "sgd_sai/analysis/gpu_tables.py",
+            ),
+            "sgd_sai.analysis.gpu_tables.read_gpu_records": (
+                "analysis/gpu_tables.html#read_gpu_records",
+                "sgd_sai/analysis/gpu_tables.py",
+            ),
+        },
         "sgd_sai.analysis.grids": {
             "sgd_sai.analysis.grids._color_range": ("analysis/grids.html#_color_range", "sgd_sai/analysis/grids.py"),
             "sgd_sai.analysis.grids._draw_grid": ("analysis/grids.html#_draw_grid", "sgd_sai/analysis/grids.py"),

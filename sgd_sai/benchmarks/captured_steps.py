@@ -54,7 +54,7 @@ STEP_FORMS = {  # label -> form
 def build_form(
     form: StepForm,
     params: list[nn.Parameter],
-    lr: Tensor,  # 0-d, on the device of the parameters
+    lr: float | Tensor,
     **settings,  # added to those of the form
 ) -> torch.optim.Optimizer:
     "The optimizer of a form. Raises `NotAvailable` where this version refuses the settings."
@@ -117,19 +117,19 @@ FIRST_STEPS, LATER_STEPS = 3, 5
 
 
 class StepTwins:
-    "Two copies of parameters and optimizer. Raises `NotAvailable` as `build_form` does."
+    "Two copies of parameters, an ordinary optimizer and another. Raises `NotAvailable` as `build_form` does."
 
     def __init__(
         self,
         form: StepForm,
         shapes,  # of the parameters
         device: str,  # 'cpu' or 'cuda'
-        **settings,  # added to those of the form
+        **settings,  # of the other optimizer, added to those of the form
     ):
         self.copies = [random_parameters(shapes, device) for _ in range(2)]
-        self.lrs = [torch.tensor(1e-2, device=device) for _ in range(2)]
-        pairs = zip(self.copies, self.lrs, strict=True)
-        self.opts = [build_form(form, params, lr, **settings) for params, lr in pairs]
+        self.lr = torch.tensor(1e-2, device=device)  # of the other optimizer
+        mine, others = self.copies
+        self.opts = [build_form(form, mine, 1e-2), build_form(form, others, self.lr, **settings)]
         self.start = [p.detach().clone() for p in self.copies[0]]
         for step in range(FIRST_STEPS):
             _new_gradients(step, *self.copies)
@@ -140,8 +140,10 @@ class StepTwins:
         "Make later steps in both ways; the `largest_difference` after them."
         for step in range(LATER_STEPS):
             _new_gradients(FIRST_STEPS + step, *self.copies)
-            for lr in self.lrs:
-                lr.fill_(1e-2 / (step + 1))
+            lr = 1e-2 / (step + 1)
+            self.lr.fill_(lr)
+            for group in self.opts[0].param_groups:
+                group["lr"] = lr
             ordinary()
             other()
         return largest_difference(*self.copies, self.start)
@@ -154,7 +156,7 @@ def compare_steps(
     device: str,  # 'cpu' or 'cuda'
     make: Callable,  # optimizer -> its step in the other way
     rounds: int = 20,  # of the times
-    **settings,  # added to those of the form
+    **settings,  # of the optimizer whose step is made in the other way, added to those of the form
 ) -> dict:  # difference, tolerance, ms and other_ms as quartiles, ratio; problem where they differ
     "Whether a step made in another way does the same, and what both take. Raises `NotAvailable`."
     twins = StepTwins(form, shapes, device, **settings)
