@@ -185,15 +185,14 @@ def missing_package(log):
 
 def details(record):
     "What came of the units of a part, or of its tests, in one line."
-    if "counts" in record or record["part"] == "tests":
-        counts = ", ".join(f"{n} {outcome}" for outcome, n in record.get("counts", {}).items())
-        lacks = [f"{module} is missing" for module in record.get("missing", {})]
-        return "; ".join(filter(None, [counts, *lacks, *record.get("failures", {})]))
-    units = record.get("units", {})
-    texts = [f"{name}: {u['status']}" + (f" ({u['error']})" if "error" in u else "") for name, u in units.items()]
-    if record.get("running") and record["status"] in ("timed out", "crashed"):
-        texts.append(f"{record['running']}: was running")
-    return "; ".join(" ".join(text.split()) for text in texts)
+    texts = [", ".join(f"{n} {outcome}" for outcome, n in record.get("counts", {}).items())]
+    texts += [f"{module} is missing" for module in record.get("missing", {})] + list(record.get("failures", {}))
+    for name, unit in record.get("units", {}).items():
+        texts.append(f"{name}: {unit['status']}" + (f" ({unit['error']})" if "error" in unit else ""))
+    running = record.get("running") or []
+    if record["status"] in ("timed out", "crashed") and running:
+        texts.append(f"was running: {running if isinstance(running, str) else ', '.join(running)}")
+    return "; ".join(" ".join(text.split()) for text in texts if text)
 
 
 def run_part(name, options, folder, environment, left):

@@ -184,8 +184,9 @@ def _part_notes(record: dict) -> str:
     for name, unit in record.get("units", {}).items():
         if unit["status"] != "passed":
             notes.append(f"{name}: {unit.get('error', unit['status'])}")
-    if record["status"] in ("timed out", "crashed", "unfinished") and record.get("running"):
-        notes.append(f"while running: {record['running']}")
+    running = record.get("running") or []  # a unit, or several tests
+    if record["status"] in ("timed out", "crashed", "unfinished") and running:
+        notes.append(f"while running: {running if isinstance(running, str) else ', '.join(running)}")
     return "; ".join(notes)
 
 
@@ -270,6 +271,7 @@ def gpu_first_table(
     return pd.DataFrame(rows)
 
 
+# %% ../../nbs/analysis/gpu_tables.ipynb #6d002293
 def gpu_memory_table(
     cards: dict,  # from read_gpu_records
 ):  # DataFrame: a row per card, set of shapes and optimizer
@@ -313,6 +315,7 @@ def gpu_compared_table(
     return pd.DataFrame(rows)
 
 
+# %% ../../nbs/analysis/gpu_tables.ipynb #3d0dc23c
 def gpu_training_table(
     folder,  # as in read_gpu_records; runs lie in CARD/runs
     tasks=("shakespeare-gpt-large", "python-gpt2"),

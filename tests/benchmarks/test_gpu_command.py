@@ -156,6 +156,7 @@ def test_tests_that_hang_leave_their_failures_and_the_next_run_leaves_out_what_p
     assert code == 1 and record["status"] == "timed out" and records["notebooks"]["status"] == "passed"
     assert [name.rpartition("::")[2] for name in record["failures"]] == ["test_bad"]
     assert [name.rpartition("::")[2] for name in record["running"]] == ["test_hangs"]
+    assert "test_bad" in printed and "was running: " in printed
     file.write_text(HANGS.replace("time.sleep(3600)", "pass").replace("assert False", "assert True"))
     assert rehearse("--parts", "tests", "--tests", file)[0] == 0
     assert (tmp_path / "ran").read_text() == "x"
@@ -194,7 +195,7 @@ os.kill(os.getpid(), 11)
     record = records["steps"]
     assert code == 1 and record["status"] == "crashed" and record["exit_code"] == -11
     assert record["units"] == {"a": {"status": "passed"}} and record["output"] == ["the last words"]
-    assert "b: was running" in printed
+    assert "was running: b" in printed
 
 
 def test_a_part_that_hangs_is_ended_with_what_it_started(rehearse, monkeypatch, tmp_path):
