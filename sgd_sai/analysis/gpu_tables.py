@@ -116,6 +116,7 @@ def _units_that(part: str, *statuses: str) -> Callable:
     return count
 
 
+# %% ../../nbs/analysis/gpu_tables.ipynb #73ae26e3
 _MODELS = {"gpt2": "GPT-2 small", "gpt2-medium": "GPT-2 medium"}
 
 
