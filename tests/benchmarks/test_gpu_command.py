@@ -69,7 +69,7 @@ def test_rehearsal_that_is_cut_off_goes_on_and_runs_every_part(tmp_path):
     command, folder = [*REHEARSAL, "--out", str(tmp_path)], tmp_path / "cpu-quick"
     with open(tmp_path / "printed", "w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file, cwd=tmp_path, start_new_session=True)
-    end = time.monotonic() + 120
+    end = time.monotonic() + 300
     while not (folder / "first.json").exists() and time.monotonic() < end:
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)

@@ -8,7 +8,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sgd_sai.benchmarks import captured_steps, device_memory, device_parts, device_times, measuring
+from sgd_sai.benchmarks import (
+    bandwidth,
+    captured_steps,
+    device_memory,
+    device_parts,
+    device_times,
+    measuring,
+    step_time,
+)
 from sgd_sai.benchmarks.captured_steps import STEP_FORMS, StepForm, compare_steps, compiled_step
 from sgd_sai.benchmarks.device_memory import memory_of_optimizers
 from sgd_sai.benchmarks.device_parts import DEVICE_PARTS
@@ -35,6 +43,8 @@ def test_a_unit_that_raises_is_a_failure_and_the_others_go_on(tmp_path):
     failed, passed = record["units"].values()
     assert failed["error"] == "ZeroDivisionError: by nothing" and failed["traceback"][-1].endswith("by nothing")
     assert passed["status"] == "passed" and passed["result"] == {"x": 1.5}
+    again = run_units(path, {"first": lambda: {"y": 2}, "second": raises(AssertionError("it has passed"))})
+    assert again["status"] == "passed" and again["units"]["first"]["result"] == {"y": 2}
 
 
 @pytest.mark.parametrize(
@@ -127,6 +137,19 @@ def test_one_wait_after_ten_calls(gpu):
     assert gpu.waits == 2
     steps, others = measuring.interleave(lambda: gpu.issue(1, 3), lambda: gpu.issue(1, 1), rounds=2, device="cuda")
     assert steps == pytest.approx([3.1, 3.1]) and others == pytest.approx([1.1, 1.1])
+
+
+def test_bandwidth_and_ordinary_steps_of_a_gpu_are_means_of_ten_calls(gpu, monkeypatch):
+    monkeypatch.setattr(bandwidth, "_movers", lambda entries, device: {"copy": (8, lambda: gpu.issue(1.0, 3.0))})
+    rates = bandwidth.bandwidth(100, "cuda", repeats=2, beside=lambda: gpu.issue(1.0, 6.0))
+    assert rates["copy"]["median"] == pytest.approx(800 / 3.1)
+    assert rates["copy"]["beside"] == pytest.approx(6.1 / 3.1)
+    steps, step = [], SGDSaI.step
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda self: gpu.issue(0.0, 1.0))
+    monkeypatch.setattr(SGDSaI, "step", lambda self: steps.append(self) or gpu.issue(0.0, 1.0) or step(self))
+    times = step_time.first_step(measuring.random_parameters(SHAPES), rounds=1, device="cuda")
+    assert len(steps) == 2 + 10 + 1 + 1  # warm-up, ordinary ones, measured again, a new optimizer's first
+    assert times["ordinary_ms"]["median"] == pytest.approx(1e3)
 
 
 def test_the_host_is_timed_without_what_is_still_running(gpu):
