@@ -58,15 +58,28 @@ def write_tests(folder, text):
     return file
 
 
-def set_limit(monkeypatch, part, seconds):
-    monkeypatch.setitem(gpu.PARTS, part, gpu.PARTS[part]._replace(limit=seconds))
+def time_is_up_when(monkeypatch, marker):
+    "Let processes take too long as soon as this file exists, however slow the machine is."
+
+    class Watched(subprocess.Popen):
+        waited = False
+
+        def wait(self, timeout=None):
+            while not self.waited and self.poll() is None:
+                if marker.exists():
+                    self.waited = True
+                    raise subprocess.TimeoutExpired(self.args, timeout)
+                time.sleep(0.02)
+            return super().wait(timeout)
+
+    monkeypatch.setattr(gpu.subprocess, "Popen", Watched)
 
 
 # --- the whole ------------------------------------------------------------------------------------------------------
 
 
 def test_rehearsal_that_is_cut_off_goes_on_and_runs_every_part(tmp_path):
-    command, folder = [*REHEARSAL, "--out", str(tmp_path)], tmp_path / "cpu-quick"
+    command, folder = [*REHEARSAL, "--out", str(tmp_path), "--minutes", "30"], tmp_path / "cpu-quick"
     with open(tmp_path / "printed", "w") as file:
         process = subprocess.Popen(command, stdout=file, stderr=file, cwd=tmp_path, start_new_session=True)
     end = time.monotonic() + 300
@@ -144,16 +157,19 @@ import time, pathlib
 
 def test_bad(): assert False, "known before the hang"
 def test_good(): pathlib.Path(__file__).with_name("ran").open("a").write("x")
-def test_hangs(): time.sleep(3600)
+def test_hangs():
+    pathlib.Path(__file__).with_name("hangs").touch()
+    time.sleep(3600)
 """
 
 
 def test_tests_that_hang_leave_their_failures_and_the_next_run_leaves_out_what_passed(rehearse, tmp_path, monkeypatch):
-    set_limit(monkeypatch, "tests", 6)
     file = write_tests(tmp_path, HANGS)
-    code, records, printed = rehearse("--parts", "tests,notebooks", "--tests", file)
+    with monkeypatch.context() as patched:
+        time_is_up_when(patched, tmp_path / "hangs")
+        code, records, printed = rehearse("--parts", "tests", "--tests", file)
     record = records["tests"]
-    assert code == 1 and record["status"] == "timed out" and records["notebooks"]["status"] == "passed"
+    assert code == 1 and record["status"] == "timed out"
     assert [name.rpartition("::")[2] for name in record["failures"]] == ["test_bad"]
     assert [name.rpartition("::")[2] for name in record["running"]] == ["test_hangs"]
     assert "test_bad" in printed and "was running: " in printed
@@ -173,11 +189,15 @@ def test_a_test_file_that_lacks_a_package_is_missing_and_the_others_run(rehearse
 # --- other parts ----------------------------------------------------------------------------------------------------
 
 
+PASSES = 'r = json.load(open(record)); r["status"] = "passed"; json.dump(r, open(record, "w"))'
+
+
 def stand_in(monkeypatch, text):
-    "Let the process of a part run this program instead of its own."
+    "Let the process of the part `steps` run this program instead of its own; those of others pass."
 
     def command(name, options, record, seconds):
-        return [sys.executable, "-c", "import sys, json, os, time\nrecord = sys.argv[1]\n" + text, str(record)]
+        program = text if name == "steps" else PASSES
+        return [sys.executable, "-c", "import sys, json, os, time\nrecord = sys.argv[1]\n" + program, str(record)]
 
     monkeypatch.setattr(gpu, "part_command", command)
 
@@ -191,8 +211,9 @@ print("the last words", flush=True)
 os.kill(os.getpid(), 11)
 """
     stand_in(monkeypatch, text)
-    code, records, printed = rehearse("--parts", "steps")
+    code, records, printed = rehearse("--parts", "steps,first")
     record = records["steps"]
+    assert records["first"]["status"] == "passed"
     assert code == 1 and record["status"] == "crashed" and record["exit_code"] == -11
     assert record["units"] == {"a": {"status": "passed"}} and record["output"] == ["the last words"]
     assert "was running: b" in printed
@@ -204,11 +225,12 @@ def test_a_part_that_hangs_is_ended_with_what_it_started(rehearse, monkeypatch, 
 import signal, subprocess
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 p = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3600)"])
-open({str(child)!r}, "w").write(str(p.pid))
+open({str(child)!r} + "~", "w").write(str(p.pid))
+os.replace({str(child)!r} + "~", {str(child)!r})
 time.sleep(3600)
 """
     stand_in(monkeypatch, text)
-    set_limit(monkeypatch, "steps", 2)
+    time_is_up_when(monkeypatch, child)
     monkeypatch.setattr(gpu, "PATIENCE", 0.5)
     code, records, _ = rehearse("--parts", "steps")
     assert code == 1 and records["steps"]["status"] == "timed out"
@@ -223,9 +245,6 @@ def test_parts_that_do_not_fit_are_left_out_by_name(rehearse):
     code, records, printed = rehearse("--minutes", "0.001", "--parts", "steps,training")
     assert code == 0 and not records
     assert printed.count("left out") == 4 and "it wants 60" in printed  # a line and a row of the table each
-
-
-PASSES = 'r = json.load(open(record)); r["status"] = "passed"; json.dump(r, open(record, "w"))'
 
 
 def test_other_code_repeats_what_has_passed_only_when_asked(rehearse, monkeypatch):
