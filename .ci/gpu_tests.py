@@ -39,11 +39,11 @@ class Keeper:
 
     def __init__(self, path):
         self.path, self.record = path, read_record(path)
-        self.outcomes = self.record.setdefault("outcomes", {})  # test -> passed, skipped, failed, missing
+        before = self.record.get("outcomes", {})  # what lacked a package is tried again
+        self.outcomes = {test: outcome for test, outcome in before.items() if outcome != "missing"}
         self.failures = self.record.setdefault("failures", {})  # test -> last lines
-        self.missing = self.record.setdefault("missing", {})  # package -> tests
-        self.running = {}
-        self.record["status"] = "unfinished"
+        self.missing, self.running = {}, {}  # package -> tests; tests that have begun
+        self.record |= {"status": "unfinished", "outcomes": self.outcomes, "missing": self.missing}
 
     def write(self):
         "Write the record."
