@@ -340,6 +340,87 @@ d = {
                 "sgd_sai/analysis/differences.py",
             ),
         },
+        "sgd_sai.analysis.gpu_tables": {
+            "sgd_sai.analysis.gpu_tables.GpuTarget": (
+                "analysis/gpu_tables.html#gputarget",
+                "sgd_sai/analysis/gpu_tables.py",
+            ),
+            "sgd_sai.analysis.gpu_tables._failed_tests": (
+                "analysis/gpu_tables.html#_failed_tests",
+                "sgd_sai/analysis/gpu_tables.py",
+            ),
+            "sgd_sai.analysis.gpu_tables._gsnr": ("analysis/gpu_tables.html#_gsnr", "sgd_sai/analysis/gpu_tables.py"),
+            "sgd_sai.analysis.gpu_tables._measured_text": (
+                "analysis/gpu_tables.html#_measured_text",
+                "sgd_sai/analysis/gpu_tables.py",
+            ),
+            "sgd_sai.analysis.gpu_tables._model_targets": (
+                "analysis/gpu_tables.html#_model_targets",
+                "sgd_sai/analysis/gpu_tables.py",
+            ),
+            "sgd_sai.analysis.gpu_tables._over_floor": (
+                "analysis/gpu_tables.html#_over_floor",
+                "sgd_sai/analysis/gpu_tables.py",
+            ),
+            "sgd_sai.analysis.gpu_tables._part_notes": (
+                "analysis/gpu_tables.html#_part_notes",
+                "sgd_sai/analysis/gpu_tables.py",
+            ),
+            "sgd_sai.analysis.gpu_tables._ratio": ("analysis/gpu_tables.html#_ratio", "sgd_sai/analysis/gpu_tables.py"),
+            "sgd_sai.analysis.gpu_tables._temporary": (
+                "analysis/gpu_tables.html#_temporary",
+                "sgd_sai/analysis/gpu_tables.py",
+            ),
+            "sgd_sai.analysis.gpu_tables._units_that": (
+                "analysis/gpu_tables.html#_units_that",
+                "sgd_sai/analysis/gpu_tables.py",
+            ),
+            "sgd_sai.analysis.gpu_tables._waits": ("analysis/gpu_tables.html#_waits", "sgd_sai/analysis/gpu_tables.py"),
+            "sgd_sai.analysis.gpu_tables.gpu_compared_table": (
+                "analysis/gpu_tables.html#gpu_compared_table",
+                "sgd_sai/analysis/gpu_tables.py",
+            ),
+            "sgd_sai.analysis.gpu_tables.gpu_first_table": (
+                "analysis/gpu_tables.html#gpu_first_table",
+                "sgd_sai/analysis/gpu_tables.py",
+            ),
+            "sgd_sai.analysis.gpu_tables.gpu_left_out": (
+                "analysis/gpu_tables.html#gpu_left_out",
+                "sgd_sai/analysis/gpu_tables.py",
+            ),
+            "sgd_sai.analysis.gpu_tables.gpu_memory_table": (
+                "analysis/gpu_tables.html#gpu_memory_table",
+                "sgd_sai/analysis/gpu_tables.py",
+            ),
+            "sgd_sai.analysis.gpu_tables.gpu_part_table": (
+                "analysis/gpu_tables.html#gpu_part_table",
+                "sgd_sai/analysis/gpu_tables.py",
+            ),
+            "sgd_sai.analysis.gpu_tables.gpu_step_table": (
+                "analysis/gpu_tables.html#gpu_step_table",
+                "sgd_sai/analysis/gpu_tables.py",
+            ),
+            "sgd_sai.analysis.gpu_tables.gpu_target_table": (
+                "analysis/gpu_tables.html#gpu_target_table",
+                "sgd_sai/analysis/gpu_tables.py",
+            ),
+            "sgd_sai.analysis.gpu_tables.gpu_targets": (
+                "analysis/gpu_tables.html#gpu_targets",
+                "sgd_sai/analysis/gpu_tables.py",
+            ),
+            "sgd_sai.analysis.gpu_tables.gpu_training_table": (
+                "analysis/gpu_tables.html#gpu_training_table",
+                "sgd_sai/analysis/gpu_tables.py",
+            ),
+            "sgd_sai.analysis.gpu_tables.gpu_unit": (
+                "analysis/gpu_tables.html#gpu_unit",
+                "sgd_sai/analysis/gpu_tables.py",
+            ),
+            "sgd_sai.analysis.gpu_tables.read_gpu_records": (
+                "analysis/gpu_tables.html#read_gpu_records",
+                "sgd_sai/analysis/gpu_tables.py",
+            ),
+        },
         "sgd_sai.analysis.grids": {
             "sgd_sai.analysis.grids._color_range": ("analysis/grids.html#_color_range", "sgd_sai/analysis/grids.py"),
             "sgd_sai.analysis.grids._draw_grid": ("analysis/grids.html#_draw_grid", "sgd_sai/analysis/grids.py"),
@@ -799,6 +880,48 @@ d = {
                 "sgd_sai/benchmarks/bandwidth.py",
             ),
         },
+        "sgd_sai.benchmarks.captured_steps": {
+            "sgd_sai.benchmarks.captured_steps.StepForm": (
+                "benchmarks/captured_steps.html#stepform",
+                "sgd_sai/benchmarks/captured_steps.py",
+            ),
+            "sgd_sai.benchmarks.captured_steps.StepTwins": (
+                "benchmarks/captured_steps.html#steptwins",
+                "sgd_sai/benchmarks/captured_steps.py",
+            ),
+            "sgd_sai.benchmarks.captured_steps.StepTwins.__init__": (
+                "benchmarks/captured_steps.html#steptwins.__init__",
+                "sgd_sai/benchmarks/captured_steps.py",
+            ),
+            "sgd_sai.benchmarks.captured_steps.StepTwins.follow": (
+                "benchmarks/captured_steps.html#steptwins.follow",
+                "sgd_sai/benchmarks/captured_steps.py",
+            ),
+            "sgd_sai.benchmarks.captured_steps._new_gradients": (
+                "benchmarks/captured_steps.html#_new_gradients",
+                "sgd_sai/benchmarks/captured_steps.py",
+            ),
+            "sgd_sai.benchmarks.captured_steps.build_form": (
+                "benchmarks/captured_steps.html#build_form",
+                "sgd_sai/benchmarks/captured_steps.py",
+            ),
+            "sgd_sai.benchmarks.captured_steps.captured_step": (
+                "benchmarks/captured_steps.html#captured_step",
+                "sgd_sai/benchmarks/captured_steps.py",
+            ),
+            "sgd_sai.benchmarks.captured_steps.compare_steps": (
+                "benchmarks/captured_steps.html#compare_steps",
+                "sgd_sai/benchmarks/captured_steps.py",
+            ),
+            "sgd_sai.benchmarks.captured_steps.compiled_step": (
+                "benchmarks/captured_steps.html#compiled_step",
+                "sgd_sai/benchmarks/captured_steps.py",
+            ),
+            "sgd_sai.benchmarks.captured_steps.largest_difference": (
+                "benchmarks/captured_steps.html#largest_difference",
+                "sgd_sai/benchmarks/captured_steps.py",
+            ),
+        },
         "sgd_sai.benchmarks.cuda_allocator": {
             "sgd_sai.benchmarks.cuda_allocator.CudaMemory": (
                 "benchmarks/cuda_allocator.html#cudamemory",
@@ -817,6 +940,138 @@ d = {
                 "sgd_sai/benchmarks/cuda_allocator.py",
             ),
         },
+        "sgd_sai.benchmarks.device_memory": {
+            "sgd_sai.benchmarks.device_memory._allocated": (
+                "benchmarks/device_memory.html#_allocated",
+                "sgd_sai/benchmarks/device_memory.py",
+            ),
+            "sgd_sai.benchmarks.device_memory._by_rule": (
+                "benchmarks/device_memory.html#_by_rule",
+                "sgd_sai/benchmarks/device_memory.py",
+            ),
+            "sgd_sai.benchmarks.device_memory.memory_of_optimizers": (
+                "benchmarks/device_memory.html#memory_of_optimizers",
+                "sgd_sai/benchmarks/device_memory.py",
+            ),
+            "sgd_sai.benchmarks.device_memory.optimizer_memory": (
+                "benchmarks/device_memory.html#optimizer_memory",
+                "sgd_sai/benchmarks/device_memory.py",
+            ),
+        },
+        "sgd_sai.benchmarks.device_parts": {
+            "sgd_sai.benchmarks.device_parts._compared": (
+                "benchmarks/device_parts.html#_compared",
+                "sgd_sai/benchmarks/device_parts.py",
+            ),
+            "sgd_sai.benchmarks.device_parts._first": (
+                "benchmarks/device_parts.html#_first",
+                "sgd_sai/benchmarks/device_parts.py",
+            ),
+            "sgd_sai.benchmarks.device_parts._first_of": (
+                "benchmarks/device_parts.html#_first_of",
+                "sgd_sai/benchmarks/device_parts.py",
+            ),
+            "sgd_sai.benchmarks.device_parts._shapes": (
+                "benchmarks/device_parts.html#_shapes",
+                "sgd_sai/benchmarks/device_parts.py",
+            ),
+            "sgd_sai.benchmarks.device_parts._speed": (
+                "benchmarks/device_parts.html#_speed",
+                "sgd_sai/benchmarks/device_parts.py",
+            ),
+            "sgd_sai.benchmarks.device_parts._training_step": (
+                "benchmarks/device_parts.html#_training_step",
+                "sgd_sai/benchmarks/device_parts.py",
+            ),
+            "sgd_sai.benchmarks.device_parts.compile_units": (
+                "benchmarks/device_parts.html#compile_units",
+                "sgd_sai/benchmarks/device_parts.py",
+            ),
+            "sgd_sai.benchmarks.device_parts.first_units": (
+                "benchmarks/device_parts.html#first_units",
+                "sgd_sai/benchmarks/device_parts.py",
+            ),
+            "sgd_sai.benchmarks.device_parts.graph_units": (
+                "benchmarks/device_parts.html#graph_units",
+                "sgd_sai/benchmarks/device_parts.py",
+            ),
+            "sgd_sai.benchmarks.device_parts.memory_units": (
+                "benchmarks/device_parts.html#memory_units",
+                "sgd_sai/benchmarks/device_parts.py",
+            ),
+            "sgd_sai.benchmarks.device_parts.step_units": (
+                "benchmarks/device_parts.html#step_units",
+                "sgd_sai/benchmarks/device_parts.py",
+            ),
+            "sgd_sai.benchmarks.device_parts.waits": (
+                "benchmarks/device_parts.html#waits",
+                "sgd_sai/benchmarks/device_parts.py",
+            ),
+        },
+        "sgd_sai.benchmarks.device_records": {
+            "sgd_sai.benchmarks.device_records.NotAvailable": (
+                "benchmarks/device_records.html#notavailable",
+                "sgd_sai/benchmarks/device_records.py",
+            ),
+            "sgd_sai.benchmarks.device_records._card_numbers": (
+                "benchmarks/device_records.html#_card_numbers",
+                "sgd_sai/benchmarks/device_records.py",
+            ),
+            "sgd_sai.benchmarks.device_records._triton_version": (
+                "benchmarks/device_records.html#_triton_version",
+                "sgd_sai/benchmarks/device_records.py",
+            ),
+            "sgd_sai.benchmarks.device_records.card_environment": (
+                "benchmarks/device_records.html#card_environment",
+                "sgd_sai/benchmarks/device_records.py",
+            ),
+            "sgd_sai.benchmarks.device_records.card_folder": (
+                "benchmarks/device_records.html#card_folder",
+                "sgd_sai/benchmarks/device_records.py",
+            ),
+            "sgd_sai.benchmarks.device_records.code_digest": (
+                "benchmarks/device_records.html#code_digest",
+                "sgd_sai/benchmarks/device_records.py",
+            ),
+            "sgd_sai.benchmarks.device_records.driver_version": (
+                "benchmarks/device_records.html#driver_version",
+                "sgd_sai/benchmarks/device_records.py",
+            ),
+            "sgd_sai.benchmarks.device_records.part_status": (
+                "benchmarks/device_records.html#part_status",
+                "sgd_sai/benchmarks/device_records.py",
+            ),
+            "sgd_sai.benchmarks.device_records.run_unit": (
+                "benchmarks/device_records.html#run_unit",
+                "sgd_sai/benchmarks/device_records.py",
+            ),
+            "sgd_sai.benchmarks.device_records.run_units": (
+                "benchmarks/device_records.html#run_units",
+                "sgd_sai/benchmarks/device_records.py",
+            ),
+        },
+        "sgd_sai.benchmarks.device_times": {
+            "sgd_sai.benchmarks.device_times._cache_buffer": (
+                "benchmarks/device_times.html#_cache_buffer",
+                "sgd_sai/benchmarks/device_times.py",
+            ),
+            "sgd_sai.benchmarks.device_times.device_seconds": (
+                "benchmarks/device_times.html#device_seconds",
+                "sgd_sai/benchmarks/device_times.py",
+            ),
+            "sgd_sai.benchmarks.device_times.host_seconds": (
+                "benchmarks/device_times.html#host_seconds",
+                "sgd_sai/benchmarks/device_times.py",
+            ),
+            "sgd_sai.benchmarks.device_times.split_times": (
+                "benchmarks/device_times.html#split_times",
+                "sgd_sai/benchmarks/device_times.py",
+            ),
+            "sgd_sai.benchmarks.device_times.synchronisations": (
+                "benchmarks/device_times.html#synchronisations",
+                "sgd_sai/benchmarks/device_times.py",
+            ),
+        },
         "sgd_sai.benchmarks.measuring": {
             "sgd_sai.benchmarks.measuring._cuda_peak": (
                 "benchmarks/measuring.html#_cuda_peak",
@@ -828,6 +1083,10 @@ d = {
             ),
             "sgd_sai.benchmarks.measuring.allocated_peak": (
                 "benchmarks/measuring.html#allocated_peak",
+                "sgd_sai/benchmarks/measuring.py",
+            ),
+            "sgd_sai.benchmarks.measuring.calls_per_time": (
+                "benchmarks/measuring.html#calls_per_time",
                 "sgd_sai/benchmarks/measuring.py",
             ),
             "sgd_sai.benchmarks.measuring.interleave": (
