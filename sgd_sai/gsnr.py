@@ -192,6 +192,7 @@ def _gpu_sums(grads: dict[int, Tensor]) -> dict[int, tuple[float, float, float]]
     return sums
 
 
+# %% ../nbs/optimizers/gsnr.ipynb #9ea28460
 def _read_by_sums(grads: list[Tensor], correction: int) -> tuple[list[int], Tensor, Tensor]:
     "Positions, norms and standard deviations of what sums can tell: sharded tensors, and most real ones."
     sharded = [i for i, grad in enumerate(grads) if sharded_mesh_dims(grad)]

@@ -190,6 +190,7 @@ def _are_ordinary(params, grads, bufs) -> bool:
     )
 
 
+# %% ../nbs/optimizers/kernels.ipynb #327c73ff
 def choose_kernel(
     params: list[Tensor],  # of one device and dtype
     grads: list[Tensor],  # their gradients

@@ -51,6 +51,7 @@ def _on_device(host: Tensor, device: torch.device) -> Tensor:
     return table
 
 
+# %% ../../nbs/internals/tensor_tables.ipynb #efc855ad
 def _new_block_table(sizes: tuple[int, ...], device: torch.device) -> BlockTable:
     "The blocks of tensors of these sizes."
     counts = torch.tensor([-(-n // TABLE_BLOCK) for n in sizes], dtype=torch.int64, device="cpu")
