@@ -259,6 +259,10 @@ EXPLAINED: dict[tuple[str, str], str] = {  # sweep and finding -> why it stands;
     ("*/candidates", "cells"): "a choice of settings, in which other rules than the row norm were tried at fewer",
     ("fashion-resnet/compare", "edge"): "the highest of the rates drawn, so that higher ones may be better still",
     ("fashion-resnet/muon", "edge"): "the highest of the rates drawn, so that higher ones may be better still",
+    (
+        "shakespeare-gpt/compare",
+        "device",
+    ): "of the search, for seven optimizers; the choice and the comparison are a CPU's",
     ("fashion-ddpm-lora/final", "decay not tuned"): "nothing decays in it",
     ("fashion-ddpm-lora/final", "one seed"): _ALONE,
     ("fashion-ddpm-lora/final", "short"): _ALONE,

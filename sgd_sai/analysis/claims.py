@@ -101,7 +101,7 @@ VISION, RESNET, GPT = ["digits-vit/final", "fashion-vit/final"], "fashion-resnet
 TRANSFORMERS, EVERYWHERE = [*VISION, GPT], [*VISION, RESNET, GPT]
 DIFFUSION = ["fashion-ddpm/final", "fashion-ddpm-lora/final"]
 TUNING = ["minilm-sentiment/final", "lora-smollm2/final"]
-MUON = ["digits-vit/compare", "fashion-vit/muon", "fashion-resnet/compare", "shakespeare-gpt/compare"]
+MUON = ["digits-vit/compare", "fashion-vit/muon", "fashion-resnet/muon", "shakespeare-gpt/compare"]
 MUON += ["kjv-gpt2/compare", "minilm-sentiment/compare"]
 EIGHT = [*MUON, "fashion-ddpm/compare", "lora-smollm2/compare"]
 
