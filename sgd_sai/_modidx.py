@@ -156,6 +156,10 @@ d = {
                 "sgd_sai/analysis/audit.py",
             ),
             "sgd_sai.analysis.audit._is_drawn": ("analysis/audit.html#_is_drawn", "sgd_sai/analysis/audit.py"),
+            "sgd_sai.analysis.audit._mixed_devices": (
+                "analysis/audit.html#_mixed_devices",
+                "sgd_sai/analysis/audit.py",
+            ),
             "sgd_sai.analysis.audit._muon_option": ("analysis/audit.html#_muon_option", "sgd_sai/analysis/audit.py"),
             "sgd_sai.analysis.audit._range": ("analysis/audit.html#_range", "sgd_sai/analysis/audit.py"),
             "sgd_sai.analysis.audit._unequal_decay": (
