@@ -741,6 +741,10 @@ d = {
                 "analysis/rate_figures.html#_sign",
                 "sgd_sai/analysis/rate_figures.py",
             ),
+            "sgd_sai.analysis.rate_figures._usual_span": (
+                "analysis/rate_figures.html#_usual_span",
+                "sgd_sai/analysis/rate_figures.py",
+            ),
             "sgd_sai.analysis.rate_figures.plot_rates": (
                 "analysis/rate_figures.html#plot_rates",
                 "sgd_sai/analysis/rate_figures.py",

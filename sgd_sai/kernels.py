@@ -236,7 +236,7 @@ class Rounding(NamedTuple):
 
 
 def rounding_of(
-    group: dict,  # rounding, capturable, differentiable
+    group: dict,  # capturable, differentiable, and rounding where it has one
     p_dtype: torch.dtype,  # of the parameters
     m_dtype: torch.dtype | None,  # of the momenta; None: there are none
 ) -> Rounding | None:
@@ -244,7 +244,7 @@ def rounding_of(
     if group["differentiable"]:
         return None
     is_capturable = group["capturable"] and not torch.compiler.is_compiling()  # the compiler sets it in every group
-    rule = group["rounding"] or ("nearest" if is_capturable else None)
+    rule = group.get("rounding") or ("nearest" if is_capturable else None)
     narrower = m_dtype == torch.int8 or m_dtype == torch.bfloat16 and p_dtype in (torch.float32, torch.float64)
     rounding = Rounding(
         stochastic_p=rule == "stochastic" and p_dtype == torch.bfloat16,

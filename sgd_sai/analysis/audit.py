@@ -210,6 +210,7 @@ def _mixed_devices(stages: list[list[dict]]) -> str:
     return ""
 
 
+# %% ../../nbs/analysis/audit.ipynb #85f6e8c6
 def audit(
     experiment: Experiment,  # from load_experiment
     drawn: bool = False,  # the settings were drawn, and optimizers with Muon had the same draws

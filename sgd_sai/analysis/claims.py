@@ -101,10 +101,9 @@ VISION = ["digits-vit/compare", "fashion-vit/compare"]
 RESNET, GPT = "fashion-resnet/compare", "shakespeare-gpt/compare"
 TRANSFORMERS, EVERYWHERE = [*VISION, GPT], [*VISION, RESNET, GPT]
 DIFFUSION = ["fashion-ddpm/compare", "fashion-ddpm-lora/final"]
-WITH_CONTROL = [*EVERYWHERE, "fashion-ddpm/final", "fashion-ddpm-lora/final", "minilm-sentiment/final"]
-WITH_CONTROL.append("lora-smollm2/final")  # where the control without a gradient was trained too
-MUON = ["digits-vit/compare", "fashion-vit/muon", "fashion-resnet/muon", "shakespeare-gpt/compare"]
-MUON += ["kjv-gpt2/compare", "minilm-sentiment/compare"]
+_OLDER = ["fashion-ddpm/final", "fashion-ddpm-lora/final", "minilm-sentiment/final", "lora-smollm2/final"]
+WITH_CONTROL = EVERYWHERE + _OLDER  # where the control was trained too
+MUON = [VISION[0], "fashion-vit/muon", "fashion-resnet/muon", GPT, "kjv-gpt2/compare", "minilm-sentiment/compare"]
 EIGHT = [*MUON, "fashion-ddpm/compare", "lora-smollm2/compare"]
 
 
