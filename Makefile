@@ -10,7 +10,7 @@ py := $(bin)/python
 sources := settings.ini setup.py pyproject.toml
 
 .DEFAULT_GOAL := help
-.PHONY: help compare test test-gpu docs readme export outputs lint check clean
+.PHONY: help compare test test-gpu gpu docs readme export outputs lint check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
@@ -24,6 +24,9 @@ test: $(VENV)/.dev ## run every notebook and every test (ARGS for pytest)
 
 test-gpu: $(VENV)/.dev ## run the notebooks and tests that have something for a CUDA device, there
 	$(py) -m pytest tests --gpu $(ARGS)
+
+gpu: $(VENV)/.dev ## everything that wants a GPU, in nine minutes, into results/gpu (ARGS="--device cpu --quick": rehearsal)
+	$(py) .ci/gpu.py $(ARGS)
 
 docs: $(VENV)/.dev ## build the site into _docs/, by Quarto where present, otherwise by smalldocs
 	$(py) .ci/docs.py $(ARGS)

@@ -156,6 +156,10 @@ d = {
                 "sgd_sai/analysis/audit.py",
             ),
             "sgd_sai.analysis.audit._is_drawn": ("analysis/audit.html#_is_drawn", "sgd_sai/analysis/audit.py"),
+            "sgd_sai.analysis.audit._mixed_devices": (
+                "analysis/audit.html#_mixed_devices",
+                "sgd_sai/analysis/audit.py",
+            ),
             "sgd_sai.analysis.audit._muon_option": ("analysis/audit.html#_muon_option", "sgd_sai/analysis/audit.py"),
             "sgd_sai.analysis.audit._range": ("analysis/audit.html#_range", "sgd_sai/analysis/audit.py"),
             "sgd_sai.analysis.audit._unequal_decay": (
@@ -338,6 +342,87 @@ d = {
             "sgd_sai.analysis.differences.verdict": (
                 "analysis/differences.html#verdict",
                 "sgd_sai/analysis/differences.py",
+            ),
+        },
+        "sgd_sai.analysis.gpu_tables": {
+            "sgd_sai.analysis.gpu_tables.GpuTarget": (
+                "analysis/gpu_tables.html#gputarget",
+                "sgd_sai/analysis/gpu_tables.py",
+            ),
+            "sgd_sai.analysis.gpu_tables._failed_tests": (
+                "analysis/gpu_tables.html#_failed_tests",
+                "sgd_sai/analysis/gpu_tables.py",
+            ),
+            "sgd_sai.analysis.gpu_tables._gsnr": ("analysis/gpu_tables.html#_gsnr", "sgd_sai/analysis/gpu_tables.py"),
+            "sgd_sai.analysis.gpu_tables._measured_text": (
+                "analysis/gpu_tables.html#_measured_text",
+                "sgd_sai/analysis/gpu_tables.py",
+            ),
+            "sgd_sai.analysis.gpu_tables._model_targets": (
+                "analysis/gpu_tables.html#_model_targets",
+                "sgd_sai/analysis/gpu_tables.py",
+            ),
+            "sgd_sai.analysis.gpu_tables._over_floor": (
+                "analysis/gpu_tables.html#_over_floor",
+                "sgd_sai/analysis/gpu_tables.py",
+            ),
+            "sgd_sai.analysis.gpu_tables._part_notes": (
+                "analysis/gpu_tables.html#_part_notes",
+                "sgd_sai/analysis/gpu_tables.py",
+            ),
+            "sgd_sai.analysis.gpu_tables._ratio": ("analysis/gpu_tables.html#_ratio", "sgd_sai/analysis/gpu_tables.py"),
+            "sgd_sai.analysis.gpu_tables._temporary": (
+                "analysis/gpu_tables.html#_temporary",
+                "sgd_sai/analysis/gpu_tables.py",
+            ),
+            "sgd_sai.analysis.gpu_tables._units_that": (
+                "analysis/gpu_tables.html#_units_that",
+                "sgd_sai/analysis/gpu_tables.py",
+            ),
+            "sgd_sai.analysis.gpu_tables._waits": ("analysis/gpu_tables.html#_waits", "sgd_sai/analysis/gpu_tables.py"),
+            "sgd_sai.analysis.gpu_tables.gpu_compared_table": (
+                "analysis/gpu_tables.html#gpu_compared_table",
+                "sgd_sai/analysis/gpu_tables.py",
+            ),
+            "sgd_sai.analysis.gpu_tables.gpu_first_table": (
+                "analysis/gpu_tables.html#gpu_first_table",
+                "sgd_sai/analysis/gpu_tables.py",
+            ),
+            "sgd_sai.analysis.gpu_tables.gpu_left_out": (
+                "analysis/gpu_tables.html#gpu_left_out",
+                "sgd_sai/analysis/gpu_tables.py",
+            ),
+            "sgd_sai.analysis.gpu_tables.gpu_memory_table": (
+                "analysis/gpu_tables.html#gpu_memory_table",
+                "sgd_sai/analysis/gpu_tables.py",
+            ),
+            "sgd_sai.analysis.gpu_tables.gpu_part_table": (
+                "analysis/gpu_tables.html#gpu_part_table",
+                "sgd_sai/analysis/gpu_tables.py",
+            ),
+            "sgd_sai.analysis.gpu_tables.gpu_step_table": (
+                "analysis/gpu_tables.html#gpu_step_table",
+                "sgd_sai/analysis/gpu_tables.py",
+            ),
+            "sgd_sai.analysis.gpu_tables.gpu_target_table": (
+                "analysis/gpu_tables.html#gpu_target_table",
+                "sgd_sai/analysis/gpu_tables.py",
+            ),
+            "sgd_sai.analysis.gpu_tables.gpu_targets": (
+                "analysis/gpu_tables.html#gpu_targets",
+                "sgd_sai/analysis/gpu_tables.py",
+            ),
+            "sgd_sai.analysis.gpu_tables.gpu_training_table": (
+                "analysis/gpu_tables.html#gpu_training_table",
+                "sgd_sai/analysis/gpu_tables.py",
+            ),
+            "sgd_sai.analysis.gpu_tables.gpu_unit": (
+                "analysis/gpu_tables.html#gpu_unit",
+                "sgd_sai/analysis/gpu_tables.py",
+            ),
+            "sgd_sai.analysis.gpu_tables.read_gpu_records": (
+                "analysis/gpu_tables.html#read_gpu_records",
+                "sgd_sai/analysis/gpu_tables.py",
             ),
         },
         "sgd_sai.analysis.grids": {
@@ -656,6 +741,10 @@ d = {
                 "analysis/rate_figures.html#_sign",
                 "sgd_sai/analysis/rate_figures.py",
             ),
+            "sgd_sai.analysis.rate_figures._usual_span": (
+                "analysis/rate_figures.html#_usual_span",
+                "sgd_sai/analysis/rate_figures.py",
+            ),
             "sgd_sai.analysis.rate_figures.plot_rates": (
                 "analysis/rate_figures.html#plot_rates",
                 "sgd_sai/analysis/rate_figures.py",
@@ -799,6 +888,48 @@ d = {
                 "sgd_sai/benchmarks/bandwidth.py",
             ),
         },
+        "sgd_sai.benchmarks.captured_steps": {
+            "sgd_sai.benchmarks.captured_steps.StepForm": (
+                "benchmarks/captured_steps.html#stepform",
+                "sgd_sai/benchmarks/captured_steps.py",
+            ),
+            "sgd_sai.benchmarks.captured_steps.StepTwins": (
+                "benchmarks/captured_steps.html#steptwins",
+                "sgd_sai/benchmarks/captured_steps.py",
+            ),
+            "sgd_sai.benchmarks.captured_steps.StepTwins.__init__": (
+                "benchmarks/captured_steps.html#steptwins.__init__",
+                "sgd_sai/benchmarks/captured_steps.py",
+            ),
+            "sgd_sai.benchmarks.captured_steps.StepTwins.follow": (
+                "benchmarks/captured_steps.html#steptwins.follow",
+                "sgd_sai/benchmarks/captured_steps.py",
+            ),
+            "sgd_sai.benchmarks.captured_steps._new_gradients": (
+                "benchmarks/captured_steps.html#_new_gradients",
+                "sgd_sai/benchmarks/captured_steps.py",
+            ),
+            "sgd_sai.benchmarks.captured_steps.build_form": (
+                "benchmarks/captured_steps.html#build_form",
+                "sgd_sai/benchmarks/captured_steps.py",
+            ),
+            "sgd_sai.benchmarks.captured_steps.captured_step": (
+                "benchmarks/captured_steps.html#captured_step",
+                "sgd_sai/benchmarks/captured_steps.py",
+            ),
+            "sgd_sai.benchmarks.captured_steps.compare_steps": (
+                "benchmarks/captured_steps.html#compare_steps",
+                "sgd_sai/benchmarks/captured_steps.py",
+            ),
+            "sgd_sai.benchmarks.captured_steps.compiled_step": (
+                "benchmarks/captured_steps.html#compiled_step",
+                "sgd_sai/benchmarks/captured_steps.py",
+            ),
+            "sgd_sai.benchmarks.captured_steps.largest_difference": (
+                "benchmarks/captured_steps.html#largest_difference",
+                "sgd_sai/benchmarks/captured_steps.py",
+            ),
+        },
         "sgd_sai.benchmarks.cuda_allocator": {
             "sgd_sai.benchmarks.cuda_allocator.CudaMemory": (
                 "benchmarks/cuda_allocator.html#cudamemory",
@@ -817,6 +948,138 @@ d = {
                 "sgd_sai/benchmarks/cuda_allocator.py",
             ),
         },
+        "sgd_sai.benchmarks.device_memory": {
+            "sgd_sai.benchmarks.device_memory._allocated": (
+                "benchmarks/device_memory.html#_allocated",
+                "sgd_sai/benchmarks/device_memory.py",
+            ),
+            "sgd_sai.benchmarks.device_memory._by_rule": (
+                "benchmarks/device_memory.html#_by_rule",
+                "sgd_sai/benchmarks/device_memory.py",
+            ),
+            "sgd_sai.benchmarks.device_memory.memory_of_optimizers": (
+                "benchmarks/device_memory.html#memory_of_optimizers",
+                "sgd_sai/benchmarks/device_memory.py",
+            ),
+            "sgd_sai.benchmarks.device_memory.optimizer_memory": (
+                "benchmarks/device_memory.html#optimizer_memory",
+                "sgd_sai/benchmarks/device_memory.py",
+            ),
+        },
+        "sgd_sai.benchmarks.device_parts": {
+            "sgd_sai.benchmarks.device_parts._compared": (
+                "benchmarks/device_parts.html#_compared",
+                "sgd_sai/benchmarks/device_parts.py",
+            ),
+            "sgd_sai.benchmarks.device_parts._first": (
+                "benchmarks/device_parts.html#_first",
+                "sgd_sai/benchmarks/device_parts.py",
+            ),
+            "sgd_sai.benchmarks.device_parts._first_of": (
+                "benchmarks/device_parts.html#_first_of",
+                "sgd_sai/benchmarks/device_parts.py",
+            ),
+            "sgd_sai.benchmarks.device_parts._shapes": (
+                "benchmarks/device_parts.html#_shapes",
+                "sgd_sai/benchmarks/device_parts.py",
+            ),
+            "sgd_sai.benchmarks.device_parts._speed": (
+                "benchmarks/device_parts.html#_speed",
+                "sgd_sai/benchmarks/device_parts.py",
+            ),
+            "sgd_sai.benchmarks.device_parts._training_step": (
+                "benchmarks/device_parts.html#_training_step",
+                "sgd_sai/benchmarks/device_parts.py",
+            ),
+            "sgd_sai.benchmarks.device_parts.compile_units": (
+                "benchmarks/device_parts.html#compile_units",
+                "sgd_sai/benchmarks/device_parts.py",
+            ),
+            "sgd_sai.benchmarks.device_parts.first_units": (
+                "benchmarks/device_parts.html#first_units",
+                "sgd_sai/benchmarks/device_parts.py",
+            ),
+            "sgd_sai.benchmarks.device_parts.graph_units": (
+                "benchmarks/device_parts.html#graph_units",
+                "sgd_sai/benchmarks/device_parts.py",
+            ),
+            "sgd_sai.benchmarks.device_parts.memory_units": (
+                "benchmarks/device_parts.html#memory_units",
+                "sgd_sai/benchmarks/device_parts.py",
+            ),
+            "sgd_sai.benchmarks.device_parts.step_units": (
+                "benchmarks/device_parts.html#step_units",
+                "sgd_sai/benchmarks/device_parts.py",
+            ),
+            "sgd_sai.benchmarks.device_parts.waits": (
+                "benchmarks/device_parts.html#waits",
+                "sgd_sai/benchmarks/device_parts.py",
+            ),
+        },
+        "sgd_sai.benchmarks.device_records": {
+            "sgd_sai.benchmarks.device_records.NotAvailable": (
+                "benchmarks/device_records.html#notavailable",
+                "sgd_sai/benchmarks/device_records.py",
+            ),
+            "sgd_sai.benchmarks.device_records._card_numbers": (
+                "benchmarks/device_records.html#_card_numbers",
+                "sgd_sai/benchmarks/device_records.py",
+            ),
+            "sgd_sai.benchmarks.device_records._triton_version": (
+                "benchmarks/device_records.html#_triton_version",
+                "sgd_sai/benchmarks/device_records.py",
+            ),
+            "sgd_sai.benchmarks.device_records.card_environment": (
+                "benchmarks/device_records.html#card_environment",
+                "sgd_sai/benchmarks/device_records.py",
+            ),
+            "sgd_sai.benchmarks.device_records.card_folder": (
+                "benchmarks/device_records.html#card_folder",
+                "sgd_sai/benchmarks/device_records.py",
+            ),
+            "sgd_sai.benchmarks.device_records.code_digest": (
+                "benchmarks/device_records.html#code_digest",
+                "sgd_sai/benchmarks/device_records.py",
+            ),
+            "sgd_sai.benchmarks.device_records.driver_version": (
+                "benchmarks/device_records.html#driver_version",
+                "sgd_sai/benchmarks/device_records.py",
+            ),
+            "sgd_sai.benchmarks.device_records.part_status": (
+                "benchmarks/device_records.html#part_status",
+                "sgd_sai/benchmarks/device_records.py",
+            ),
+            "sgd_sai.benchmarks.device_records.run_unit": (
+                "benchmarks/device_records.html#run_unit",
+                "sgd_sai/benchmarks/device_records.py",
+            ),
+            "sgd_sai.benchmarks.device_records.run_units": (
+                "benchmarks/device_records.html#run_units",
+                "sgd_sai/benchmarks/device_records.py",
+            ),
+        },
+        "sgd_sai.benchmarks.device_times": {
+            "sgd_sai.benchmarks.device_times._cache_buffer": (
+                "benchmarks/device_times.html#_cache_buffer",
+                "sgd_sai/benchmarks/device_times.py",
+            ),
+            "sgd_sai.benchmarks.device_times.device_seconds": (
+                "benchmarks/device_times.html#device_seconds",
+                "sgd_sai/benchmarks/device_times.py",
+            ),
+            "sgd_sai.benchmarks.device_times.host_seconds": (
+                "benchmarks/device_times.html#host_seconds",
+                "sgd_sai/benchmarks/device_times.py",
+            ),
+            "sgd_sai.benchmarks.device_times.split_times": (
+                "benchmarks/device_times.html#split_times",
+                "sgd_sai/benchmarks/device_times.py",
+            ),
+            "sgd_sai.benchmarks.device_times.synchronisations": (
+                "benchmarks/device_times.html#synchronisations",
+                "sgd_sai/benchmarks/device_times.py",
+            ),
+        },
         "sgd_sai.benchmarks.measuring": {
             "sgd_sai.benchmarks.measuring._cuda_peak": (
                 "benchmarks/measuring.html#_cuda_peak",
@@ -828,6 +1091,10 @@ d = {
             ),
             "sgd_sai.benchmarks.measuring.allocated_peak": (
                 "benchmarks/measuring.html#allocated_peak",
+                "sgd_sai/benchmarks/measuring.py",
+            ),
+            "sgd_sai.benchmarks.measuring.calls_per_time": (
+                "benchmarks/measuring.html#calls_per_time",
                 "sgd_sai/benchmarks/measuring.py",
             ),
             "sgd_sai.benchmarks.measuring.interleave": (
@@ -2773,6 +3040,102 @@ d = {
                 "sgd_sai/experiments/tasks/paper_recipes.py",
             ),
         },
+        "sgd_sai.experiments.tasks.python_gpt2": {
+            "sgd_sai.experiments.tasks.python_gpt2.SourceWindows": (
+                "experiments/tasks/python_gpt2.html#sourcewindows",
+                "sgd_sai/experiments/tasks/python_gpt2.py",
+            ),
+            "sgd_sai.experiments.tasks.python_gpt2._about": (
+                "experiments/tasks/python_gpt2.html#_about",
+                "sgd_sai/experiments/tasks/python_gpt2.py",
+            ),
+            "sgd_sai.experiments.tasks.python_gpt2._check_length": (
+                "experiments/tasks/python_gpt2.html#_check_length",
+                "sgd_sai/experiments/tasks/python_gpt2.py",
+            ),
+            "sgd_sai.experiments.tasks.python_gpt2._chosen": (
+                "experiments/tasks/python_gpt2.html#_chosen",
+                "sgd_sai/experiments/tasks/python_gpt2.py",
+            ),
+            "sgd_sai.experiments.tasks.python_gpt2._make_tokens": (
+                "experiments/tasks/python_gpt2.html#_make_tokens",
+                "sgd_sai/experiments/tasks/python_gpt2.py",
+            ),
+            "sgd_sai.experiments.tasks.python_gpt2._progress_bar": (
+                "experiments/tasks/python_gpt2.html#_progress_bar",
+                "sgd_sai/experiments/tasks/python_gpt2.py",
+            ),
+            "sgd_sai.experiments.tasks.python_gpt2.describe_sources": (
+                "experiments/tasks/python_gpt2.html#describe_sources",
+                "sgd_sai/experiments/tasks/python_gpt2.py",
+            ),
+            "sgd_sai.experiments.tasks.python_gpt2.encode_texts": (
+                "experiments/tasks/python_gpt2.html#encode_texts",
+                "sgd_sai/experiments/tasks/python_gpt2.py",
+            ),
+            "sgd_sai.experiments.tasks.python_gpt2.load_python": (
+                "experiments/tasks/python_gpt2.html#load_python",
+                "sgd_sai/experiments/tasks/python_gpt2.py",
+            ),
+            "sgd_sai.experiments.tasks.python_gpt2.python_gpt2": (
+                "experiments/tasks/python_gpt2.html#python_gpt2",
+                "sgd_sai/experiments/tasks/python_gpt2.py",
+            ),
+            "sgd_sai.experiments.tasks.python_gpt2.tokens_made_once": (
+                "experiments/tasks/python_gpt2.html#tokens_made_once",
+                "sgd_sai/experiments/tasks/python_gpt2.py",
+            ),
+            "sgd_sai.experiments.tasks.python_gpt2.train_byte_pairs": (
+                "experiments/tasks/python_gpt2.html#train_byte_pairs",
+                "sgd_sai/experiments/tasks/python_gpt2.py",
+            ),
+        },
+        "sgd_sai.experiments.tasks.python_sources": {
+            "sgd_sai.experiments.tasks.python_sources.Source": (
+                "experiments/tasks/python_sources.html#source",
+                "sgd_sai/experiments/tasks/python_sources.py",
+            ),
+            "sgd_sai.experiments.tasks.python_sources.SourceSplit": (
+                "experiments/tasks/python_sources.html#sourcesplit",
+                "sgd_sai/experiments/tasks/python_sources.py",
+            ),
+            "sgd_sai.experiments.tasks.python_sources._long_lines": (
+                "experiments/tasks/python_sources.html#_long_lines",
+                "sgd_sai/experiments/tasks/python_sources.py",
+            ),
+            "sgd_sai.experiments.tasks.python_sources._sha256": (
+                "experiments/tasks/python_sources.html#_sha256",
+                "sgd_sai/experiments/tasks/python_sources.py",
+            ),
+            "sgd_sai.experiments.tasks.python_sources.choose_sources": (
+                "experiments/tasks/python_sources.html#choose_sources",
+                "sgd_sai/experiments/tasks/python_sources.py",
+            ),
+            "sgd_sai.experiments.tasks.python_sources.count_packages": (
+                "experiments/tasks/python_sources.html#count_packages",
+                "sgd_sai/experiments/tasks/python_sources.py",
+            ),
+            "sgd_sai.experiments.tasks.python_sources.python_files": (
+                "experiments/tasks/python_sources.html#python_files",
+                "sgd_sai/experiments/tasks/python_sources.py",
+            ),
+            "sgd_sai.experiments.tasks.python_sources.read_source": (
+                "experiments/tasks/python_sources.html#read_source",
+                "sgd_sai/experiments/tasks/python_sources.py",
+            ),
+            "sgd_sai.experiments.tasks.python_sources.source_folders": (
+                "experiments/tasks/python_sources.html#source_folders",
+                "sgd_sai/experiments/tasks/python_sources.py",
+            ),
+            "sgd_sai.experiments.tasks.python_sources.source_list": (
+                "experiments/tasks/python_sources.html#source_list",
+                "sgd_sai/experiments/tasks/python_sources.py",
+            ),
+            "sgd_sai.experiments.tasks.python_sources.split_sources": (
+                "experiments/tasks/python_sources.html#split_sources",
+                "sgd_sai/experiments/tasks/python_sources.py",
+            ),
+        },
         "sgd_sai.experiments.tasks.registry": {
             "sgd_sai.experiments.tasks.registry.get_task": (
                 "experiments/tasks/registry.html#get_task",
@@ -2834,6 +3197,10 @@ d = {
                 "experiments/tasks/task.html#fetch_file",
                 "sgd_sai/experiments/tasks/task.py",
             ),
+            "sgd_sai.experiments.tasks.task.save_tensors": (
+                "experiments/tasks/task.html#save_tensors",
+                "sgd_sai/experiments/tasks/task.py",
+            ),
             "sgd_sai.experiments.tasks.task.where_present": (
                 "experiments/tasks/task.html#where_present",
                 "sgd_sai/experiments/tasks/task.py",
@@ -2864,6 +3231,10 @@ d = {
                 "experiments/tasks/text.html#textwindows.__len__",
                 "sgd_sai/experiments/tasks/text.py",
             ),
+            "sgd_sai.experiments.tasks.text.TextWindows.cut": (
+                "experiments/tasks/text.html#textwindows.cut",
+                "sgd_sai/experiments/tasks/text.py",
+            ),
             "sgd_sai.experiments.tasks.text.build_gpt2": (
                 "experiments/tasks/text.html#build_gpt2",
                 "sgd_sai/experiments/tasks/text.py",
@@ -2886,6 +3257,10 @@ d = {
             ),
             "sgd_sai.experiments.tasks.text.predict_next": (
                 "experiments/tasks/text.html#predict_next",
+                "sgd_sai/experiments/tasks/text.py",
+            ),
+            "sgd_sai.experiments.tasks.text.shakespeare_large": (
+                "experiments/tasks/text.html#shakespeare_large",
                 "sgd_sai/experiments/tasks/text.py",
             ),
             "sgd_sai.experiments.tasks.text.split_text": (
@@ -3007,6 +3382,7 @@ d = {
             "sgd_sai.experiments.train._average_": ("experiments/train.html#_average_", "sgd_sai/experiments/train.py"),
             "sgd_sai.experiments.train._backward": ("experiments/train.html#_backward", "sgd_sai/experiments/train.py"),
             "sgd_sai.experiments.train._clip": ("experiments/train.html#_clip", "sgd_sai/experiments/train.py"),
+            "sgd_sai.experiments.train._cut": ("experiments/train.html#_cut", "sgd_sai/experiments/train.py"),
             "sgd_sai.experiments.train._loader": ("experiments/train.html#_loader", "sgd_sai/experiments/train.py"),
             "sgd_sai.experiments.train._parts": ("experiments/train.html#_parts", "sgd_sai/experiments/train.py"),
             "sgd_sai.experiments.train._prepare": ("experiments/train.html#_prepare", "sgd_sai/experiments/train.py"),
@@ -3126,6 +3502,7 @@ d = {
             "sgd_sai.gsnr._by_rows": ("optimizers/gsnr.html#_by_rows", "sgd_sai/gsnr.py"),
             "sgd_sai.gsnr._cpu_sums": ("optimizers/gsnr.html#_cpu_sums", "sgd_sai/gsnr.py"),
             "sgd_sai.gsnr._global_sums": ("optimizers/gsnr.html#_global_sums", "sgd_sai/gsnr.py"),
+            "sgd_sai.gsnr._gpu_sums": ("optimizers/gsnr.html#_gpu_sums", "sgd_sai/gsnr.py"),
             "sgd_sai.gsnr._gsnr_of": ("optimizers/gsnr.html#_gsnr_of", "sgd_sai/gsnr.py"),
             "sgd_sai.gsnr._is_exact": ("optimizers/gsnr.html#_is_exact", "sgd_sai/gsnr.py"),
             "sgd_sai.gsnr._moments_of_sums": ("optimizers/gsnr.html#_moments_of_sums", "sgd_sai/gsnr.py"),
@@ -3691,18 +4068,70 @@ d = {
                 "sgd_sai/internals/single_steps.py",
             ),
         },
+        "sgd_sai.internals.tensor_tables": {
+            "sgd_sai.internals.tensor_tables.BlockTable": (
+                "internals/tensor_tables.html#blocktable",
+                "sgd_sai/internals/tensor_tables.py",
+            ),
+            "sgd_sai.internals.tensor_tables._known_block_table": (
+                "internals/tensor_tables.html#_known_block_table",
+                "sgd_sai/internals/tensor_tables.py",
+            ),
+            "sgd_sai.internals.tensor_tables._known_table": (
+                "internals/tensor_tables.html#_known_table",
+                "sgd_sai/internals/tensor_tables.py",
+            ),
+            "sgd_sai.internals.tensor_tables._new_block_table": (
+                "internals/tensor_tables.html#_new_block_table",
+                "sgd_sai/internals/tensor_tables.py",
+            ),
+            "sgd_sai.internals.tensor_tables._new_table": (
+                "internals/tensor_tables.html#_new_table",
+                "sgd_sai/internals/tensor_tables.py",
+            ),
+            "sgd_sai.internals.tensor_tables._on_device": (
+                "internals/tensor_tables.html#_on_device",
+                "sgd_sai/internals/tensor_tables.py",
+            ),
+            "sgd_sai.internals.tensor_tables.address_table": (
+                "internals/tensor_tables.html#address_table",
+                "sgd_sai/internals/tensor_tables.py",
+            ),
+            "sgd_sai.internals.tensor_tables.block_table": (
+                "internals/tensor_tables.html#block_table",
+                "sgd_sai/internals/tensor_tables.py",
+            ),
+            "sgd_sai.internals.tensor_tables.has_triton": (
+                "internals/tensor_tables.html#has_triton",
+                "sgd_sai/internals/tensor_tables.py",
+            ),
+            "sgd_sai.internals.tensor_tables.is_fused_by_triton": (
+                "internals/tensor_tables.html#is_fused_by_triton",
+                "sgd_sai/internals/tensor_tables.py",
+            ),
+            "sgd_sai.internals.tensor_tables.measures_by_triton": (
+                "internals/tensor_tables.html#measures_by_triton",
+                "sgd_sai/internals/tensor_tables.py",
+            ),
+            "sgd_sai.internals.tensor_tables.number_table": (
+                "internals/tensor_tables.html#number_table",
+                "sgd_sai/internals/tensor_tables.py",
+            ),
+            "sgd_sai.internals.tensor_tables.takes_triton": (
+                "internals/tensor_tables.html#takes_triton",
+                "sgd_sai/internals/tensor_tables.py",
+            ),
+        },
         "sgd_sai.kernels": {
             "sgd_sai.kernels.Rounding": ("optimizers/kernels.html#rounding", "sgd_sai/kernels.py"),
             "sgd_sai.kernels._add_": ("optimizers/kernels.html#_add_", "sgd_sai/kernels.py"),
             "sgd_sai.kernels._are_ordinary": ("optimizers/kernels.html#_are_ordinary", "sgd_sai/kernels.py"),
             "sgd_sai.kernels._batches": ("optimizers/kernels.html#_batches", "sgd_sai/kernels.py"),
-            "sgd_sai.kernels._choose_kernel": ("optimizers/kernels.html#_choose_kernel", "sgd_sai/kernels.py"),
             "sgd_sai.kernels._for_loop": ("optimizers/kernels.html#_for_loop", "sgd_sai/kernels.py"),
             "sgd_sai.kernels._foreach": ("optimizers/kernels.html#_foreach", "sgd_sai/kernels.py"),
             "sgd_sai.kernels._fused": ("optimizers/kernels.html#_fused", "sgd_sai/kernels.py"),
             "sgd_sai.kernels._fused_sgd": ("optimizers/kernels.html#_fused_sgd", "sgd_sai/kernels.py"),
             "sgd_sai.kernels._fused_tensor": ("optimizers/kernels.html#_fused_tensor", "sgd_sai/kernels.py"),
-            "sgd_sai.kernels._largest_scale": ("optimizers/kernels.html#_largest_scale", "sgd_sai/kernels.py"),
             "sgd_sai.kernels._not_obviously_right": (
                 "optimizers/kernels.html#_not_obviously_right",
                 "sgd_sai/kernels.py",
@@ -3712,15 +4141,15 @@ d = {
                 "optimizers/kernels.html#_scaled_add_in_batches_",
                 "sgd_sai/kernels.py",
             ),
-            "sgd_sai.kernels._sort_entries": ("optimizers/kernels.html#_sort_entries", "sgd_sai/kernels.py"),
-            "sgd_sai.kernels._step_entries": ("optimizers/kernels.html#_step_entries", "sgd_sai/kernels.py"),
-            "sgd_sai.kernels._step_group": ("optimizers/kernels.html#_step_group", "sgd_sai/kernels.py"),
-            "sgd_sai.kernels._step_rounded": ("optimizers/kernels.html#_step_rounded", "sgd_sai/kernels.py"),
             "sgd_sai.kernels._step_tensor": ("optimizers/kernels.html#_step_tensor", "sgd_sai/kernels.py"),
             "sgd_sai.kernels.add_rounding_state": ("optimizers/kernels.html#add_rounding_state", "sgd_sai/kernels.py"),
             "sgd_sai.kernels.check_entries": ("optimizers/kernels.html#check_entries", "sgd_sai/kernels.py"),
+            "sgd_sai.kernels.choose_kernel": ("optimizers/kernels.html#choose_kernel", "sgd_sai/kernels.py"),
             "sgd_sai.kernels.rounding_of": ("optimizers/kernels.html#rounding_of", "sgd_sai/kernels.py"),
-            "sgd_sai.kernels.step_groups": ("optimizers/kernels.html#step_groups", "sgd_sai/kernels.py"),
+            "sgd_sai.kernels.step_rounded_entries": (
+                "optimizers/kernels.html#step_rounded_entries",
+                "sgd_sai/kernels.py",
+            ),
         },
         "sgd_sai.model_layers": {
             "sgd_sai.model_layers.LayerParameter": (
@@ -4344,6 +4773,27 @@ d = {
             "sgd_sai.sgd_sai._step_param": ("optimizers/sgd_sai.html#_step_param", "sgd_sai/sgd_sai.py"),
             "sgd_sai.sgd_sai.sgd_sai_reference": ("optimizers/sgd_sai.html#sgd_sai_reference", "sgd_sai/sgd_sai.py"),
         },
+        "sgd_sai.step_groups": {
+            "sgd_sai.step_groups._keys": ("optimizers/step_groups.html#_keys", "sgd_sai/step_groups.py"),
+            "sgd_sai.step_groups._largest_scale": (
+                "optimizers/step_groups.html#_largest_scale",
+                "sgd_sai/step_groups.py",
+            ),
+            "sgd_sai.step_groups._sort_entries": (
+                "optimizers/step_groups.html#_sort_entries",
+                "sgd_sai/step_groups.py",
+            ),
+            "sgd_sai.step_groups._step_by_triton": (
+                "optimizers/step_groups.html#_step_by_triton",
+                "sgd_sai/step_groups.py",
+            ),
+            "sgd_sai.step_groups._step_entries": (
+                "optimizers/step_groups.html#_step_entries",
+                "sgd_sai/step_groups.py",
+            ),
+            "sgd_sai.step_groups._step_group": ("optimizers/step_groups.html#_step_group", "sgd_sai/step_groups.py"),
+            "sgd_sai.step_groups.step_groups": ("optimizers/step_groups.html#step_groups", "sgd_sai/step_groups.py"),
+        },
         "sgd_sai.step_in_backward": {
             "sgd_sai.step_in_backward.GradientHooks": (
                 "optimizers/step_in_backward.html#gradienthooks",
@@ -4446,6 +4896,32 @@ d = {
             "sgd_sai.step_in_backward.check_in_backward": (
                 "optimizers/step_in_backward.html#check_in_backward",
                 "sgd_sai/step_in_backward.py",
+            ),
+        },
+        "sgd_sai.triton_step": {
+            "sgd_sai.triton_step._alike": ("optimizers/triton_step.html#_alike", "sgd_sai/triton_step.py"),
+            "sgd_sai.triton_step._bfloat16": ("optimizers/triton_step.html#_bfloat16", "sgd_sai/triton_step.py"),
+            "sgd_sai.triton_step._launch": ("optimizers/triton_step.html#_launch", "sgd_sai/triton_step.py"),
+            "sgd_sai.triton_step._noise": ("optimizers/triton_step.html#_noise", "sgd_sai/triton_step.py"),
+            "sgd_sai.triton_step._scale_table": ("optimizers/triton_step.html#_scale_table", "sgd_sai/triton_step.py"),
+            "sgd_sai.triton_step._step_block": ("optimizers/triton_step.html#_step_block", "sgd_sai/triton_step.py"),
+            "sgd_sai.triton_step.fits_triton": ("optimizers/triton_step.html#fits_triton", "sgd_sai/triton_step.py"),
+            "sgd_sai.triton_step.step_by_triton": (
+                "optimizers/triton_step.html#step_by_triton",
+                "sgd_sai/triton_step.py",
+            ),
+        },
+        "sgd_sai.triton_sums": {
+            "sgd_sai.triton_sums._add_blocks": ("optimizers/triton_sums.html#_add_blocks", "sgd_sai/triton_sums.py"),
+            "sgd_sai.triton_sums._sum_block": ("optimizers/triton_sums.html#_sum_block", "sgd_sai/triton_sums.py"),
+            "sgd_sai.triton_sums._sums_of_dtype": (
+                "optimizers/triton_sums.html#_sums_of_dtype",
+                "sgd_sai/triton_sums.py",
+            ),
+            "sgd_sai.triton_sums.can_sum": ("optimizers/triton_sums.html#can_sum", "sgd_sai/triton_sums.py"),
+            "sgd_sai.triton_sums.sums_by_triton": (
+                "optimizers/triton_sums.html#sums_by_triton",
+                "sgd_sai/triton_sums.py",
             ),
         },
         "sgd_sai.weight_layouts": {

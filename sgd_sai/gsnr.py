@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from .internals.chunks import chunks
 from .internals.sharding import all_reduce_rows, sharded_mesh_dims, to_local
+from .internals.tensor_tables import measures_by_triton
 
 # %% ../nbs/optimizers/gsnr.ipynb #5213efd3
 _WIDER = {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.complex32: torch.complex64}
@@ -175,11 +176,29 @@ def _cpu_sums(grads: dict[int, Tensor]) -> dict[int, tuple[float, float, float]]
     return sums
 
 
+def _gpu_sums(grads: dict[int, Tensor]) -> dict[int, tuple[float, float, float]]:
+    "Sums of those that Triton's kernel reads, by key, with one transfer from each device."
+    by_device = {}
+    for i, grad in grads.items():
+        if measures_by_triton(grad.device):
+            by_device.setdefault(grad.device, {})[i] = grad.detach()
+    if not by_device:
+        return {}
+    from sgd_sai.triton_sums import can_sum, sums_by_triton
+
+    sums = {}
+    for local in by_device.values():
+        sums |= sums_by_triton({i: grad for i, grad in local.items() if grad.numel() > 1 and can_sum(grad)})
+    return sums
+
+
+# %% ../nbs/optimizers/gsnr.ipynb #9ea28460
 def _read_by_sums(grads: list[Tensor], correction: int) -> tuple[list[int], Tensor, Tensor]:
-    "Positions, norms and standard deviations of what sums can tell: sharded tensors, and most real ones on the CPU."
+    "Positions, norms and standard deviations of what sums can tell: sharded tensors, and most real ones."
     sharded = [i for i, grad in enumerate(grads) if sharded_mesh_dims(grad)]
     sums = dict(zip(sharded, _global_sums([grads[i] for i in sharded]), strict=True))
-    sums |= _cpu_sums({i: to_local(grad) for i, grad in enumerate(grads) if i not in sums})
+    local = {i: to_local(grad) for i, grad in enumerate(grads) if i not in sums}
+    sums |= _cpu_sums(local) | _gpu_sums(local)
     n = torch.tensor([grads[i].numel() for i in sums], dtype=torch.float64, device="cpu")
     rows = torch.tensor([*sums.values()], dtype=torch.float64, device="cpu").view(-1, 3)
     norm, _, std = _moments_of_sums(rows, n, correction)

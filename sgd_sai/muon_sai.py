@@ -24,7 +24,6 @@ from .init_scales import ParamsWithGrad, collect_grads
 from .internals.base import closure_loss
 from .internals.options import parse_option, parse_options, warn_caller
 from .internals.single_steps import SingleSteps
-from .kernels import step_groups
 from .muon_checks import check_step
 from .muon_layout import layout_of
 from .muon_options import NOT_OFFERED, check_muon_sai, complete_group, from_adam, regroup, rest_options
@@ -32,6 +31,7 @@ from .muon_role_table import RoleRow, RoleTable
 from .muon_step import step_matrices
 from .rest_kernels import step_rest
 from .scaled_optimizer import ScaledOptimizer
+from .step_groups import step_groups
 from .weight_layouts import layout_words
 
 

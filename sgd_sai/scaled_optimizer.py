@@ -19,6 +19,7 @@ from .internals.names import params_by_name
 from .internals.options import check_lr, check_range
 from .internals.rounding import BLOCK, decode_momentum, init_momentum
 from .internals.sharding import is_fsdp1_flat_param
+from .internals.tensor_tables import is_fused_by_triton
 from .scale_rules import get_scale_rule
 
 # %% ../nbs/optimizers/scaled_optimizer.ipynb #4e996c16
@@ -33,7 +34,8 @@ def check_rounding(
     if rounding not in (None, *ROUNDINGS):
         raise ValueError(f"Invalid rounding: {rounding!r} (known: {', '.join(map(repr, ROUNDINGS))})")
     for flag in ("fused", "differentiable", "capturable"):
-        if group.get(flag) and (int8 or rounding in ("stochastic", "kahan")):
+        by_triton = flag == "fused" and group.get(flag) and is_fused_by_triton(group)
+        if group.get(flag) and (int8 or rounding in ("stochastic", "kahan") and not by_triton):
             raise RuntimeError(
                 f"`{flag}` supports neither `state_dtype=torch.int8` nor `rounding={rounding or 'stochastic'!r}`: "
                 "use state_dtype=torch.bfloat16, rounding='nearest'"
@@ -53,13 +55,14 @@ def _check_implementation(group: dict):
         raise RuntimeError("`fused` and `foreach` cannot be `True` together.")
     if group["differentiable"] and (fused or foreach):
         raise RuntimeError(f"`{'fused' if fused else 'foreach'}` does not support `differentiable`")
-    if fused and group["capturable"]:
-        raise RuntimeError("`fused` does not support `capturable`: use foreach=True")
+    by_triton = bool(fused) and is_fused_by_triton(group)
+    if fused and group["capturable"] and not by_triton:
+        raise RuntimeError("`fused` does not support `capturable` here, only on CUDA with Triton: use foreach=True")
     if fused and not all(p.is_floating_point() for p in group.get("params", ())):
         raise RuntimeError("`fused=True` requires all the params to be floating point Tensors")
     dtype = group["state_dtype"]
     other = [p.dtype for p in group.get("params", ()) if fused and dtype is not None and p.dtype != dtype]
-    if other:
+    if other and not by_triton:
         raise RuntimeError(
             f"`fused=True` requires momenta of the parameters' dtype, and with state_dtype={dtype} those of {other[0]} "
             "parameters have another: leave fused out, the fastest form is then found, or state_dtype"

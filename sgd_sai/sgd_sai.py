@@ -16,8 +16,8 @@ from .gsnr import gsnr
 from .init_scales import collect_grads, init_scales
 from .internals.base import closure_loss
 from .internals.single_steps import SingleSteps
-from .kernels import step_groups
 from .scaled_optimizer import ScaledOptimizer, check_sgd_sai, is_sgd_sai_group
+from .step_groups import step_groups
 
 
 # %% ../nbs/optimizers/sgd_sai.ipynb #7fbb8d6d

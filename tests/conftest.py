@@ -1,5 +1,6 @@
 import hashlib
 import json
+import os
 import pickle
 import struct
 import tempfile
@@ -23,6 +24,12 @@ def cuda_available():
     import torch
 
     return torch.cuda.is_available()
+
+
+def pytest_configure(config):
+    "Without a GPU Triton's kernels run in its interpreter, for which Triton asks when it is imported."
+    if not cuda_available():
+        os.environ["TRITON_INTERPRET"] = "1"
 
 
 def turn(item):

@@ -201,6 +201,16 @@ def _unequal_decay(runs: list[dict]) -> str:
     return f"{low:.2g} to {high:.2g} a step" if high > UNEQUAL_DECAY * low else ""
 
 
+def _mixed_devices(stages: list[list[dict]]) -> str:
+    "Kinds of devices when the runs of one stage were made on several, e.g. 'cpu and cuda'; empty when none was."
+    for runs in stages:
+        kinds = {run["environment"]["device"].partition(":")[0] for run in runs if "environment" in run}
+        if len(kinds) > 1:
+            return " and ".join(sorted(kinds))
+    return ""
+
+
+# %% ../../nbs/analysis/audit.ipynb #85f6e8c6
 def audit(
     experiment: Experiment,  # from load_experiment
     drawn: bool = False,  # the settings were drawn, and optimizers with Muon had the same draws
@@ -209,9 +219,8 @@ def audit(
     runs, found = experiment.runs, {}
     if differ(schedules(runs)):
         found["schedule"] = "not the same for all"
-    devices = {run["environment"]["device"].partition(":")[0] for run in runs if "environment" in run}
-    if len(devices) > 1:
-        found["device"] = " and ".join(sorted(devices))
+    if devices := _mixed_devices([*experiment.stages, runs]):
+        found["device"] = devices
     parts = muon_parts(experiment.stages[0] if drawn else runs)
     if differ(parts):
         found["shared part"] = ", ".join(map(optimizer_label, parts))
@@ -250,6 +259,11 @@ EXPLAINED: dict[tuple[str, str], str] = {  # sweep and finding -> why it stands;
     ("*/candidates", "shared part"): "a choice of settings, in which other rules than the row norm were tried at fewer",
     ("*/candidates", "cells"): "a choice of settings, in which other rules than the row norm were tried at fewer",
     ("fashion-resnet/compare", "edge"): "the highest of the rates drawn, so that higher ones may be better still",
+    ("fashion-resnet/muon", "edge"): "the highest of the rates drawn, so that higher ones may be better still",
+    (
+        "shakespeare-gpt/compare",
+        "device",
+    ): "of the search, for seven optimizers; the choice and the comparison are a CPU's",
     ("fashion-ddpm-lora/final", "decay not tuned"): "nothing decays in it",
     ("fashion-ddpm-lora/final", "one seed"): _ALONE,
     ("fashion-ddpm-lora/final", "short"): _ALONE,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = [
-    "TEN",
+    "SEVENTEEN",
     "BASELINE",
     "MEMORY",
     "LORA",
@@ -15,7 +15,7 @@ __all__ = [
     "TRANSFORMERS",
     "EVERYWHERE",
     "DIFFUSION",
-    "TUNING",
+    "WITH_CONTROL",
     "MUON",
     "EIGHT",
     "ADAN",
@@ -59,7 +59,7 @@ from .grids import tolerance
 from .rankings import phases, repository, sweep_runs
 
 # %% ../../nbs/analysis/claims.ipynb #3d1254a2
-TEN = "[ten optimizers](../reports/ten_optimizers.ipynb)"
+SEVENTEEN = "[seventeen optimizers](../reports/seventeen_optimizers.ipynb)"
 BASELINE = "[the baseline](../reports/is_the_baseline_fair.ipynb)"
 MEMORY = "[memory](../benchmarks/state_bytes.ipynb)"
 LORA = "[LoRA](../reports/finetuning.ipynb)"
@@ -97,12 +97,13 @@ def _state_shares(first, second) -> list[float]:
 
 
 # %% ../../nbs/analysis/claims.ipynb #23e5a593
-VISION, RESNET, GPT = ["digits-vit/final", "fashion-vit/final"], "fashion-resnet/final", "shakespeare-gpt/final"
+VISION = ["digits-vit/compare", "fashion-vit/compare"]
+RESNET, GPT = "fashion-resnet/compare", "shakespeare-gpt/compare"
 TRANSFORMERS, EVERYWHERE = [*VISION, GPT], [*VISION, RESNET, GPT]
-DIFFUSION = ["fashion-ddpm/final", "fashion-ddpm-lora/final"]
-TUNING = ["minilm-sentiment/final", "lora-smollm2/final"]
-MUON = ["digits-vit/compare", "fashion-vit/muon", "fashion-resnet/compare", "shakespeare-gpt/compare"]
-MUON += ["kjv-gpt2/compare", "minilm-sentiment/compare"]
+DIFFUSION = ["fashion-ddpm/compare", "fashion-ddpm-lora/final"]
+_OLDER = ["fashion-ddpm/final", "fashion-ddpm-lora/final", "minilm-sentiment/final", "lora-smollm2/final"]
+WITH_CONTROL = EVERYWHERE + _OLDER  # where the control was trained too
+MUON = [VISION[0], "fashion-vit/muon", "fashion-resnet/muon", GPT, "kjv-gpt2/compare", "minilm-sentiment/compare"]
 EIGHT = [*MUON, "fashion-ddpm/compare", "lora-smollm2/compare"]
 
 
@@ -114,7 +115,7 @@ def _resnet_claim() -> Claim:
         "95.36 %, SGDM 95.26, AdamW 94.74 (ResNet-18, CIFAR-10)",
         f"against AdamW {against_adamw}; against SGDM {against_sgdm}",
         by_count((better, even).count(HOLDS), 2, (better, even).count(OPEN)),
-        TEN,
+        SEVENTEEN,
     )
 
 
@@ -131,7 +132,7 @@ def _sgdm_claim() -> Claim:
         "63.80 % against 72.92 %",
         f"SGDM: {text}",
         {HOLDS: NOT, PART: PART, NOT: HOLDS, OPEN: OPEN}[as_good],  # the claim is that it is not
-        f"{TEN}, {BASELINE}",
+        f"{SEVENTEEN}, {BASELINE}",
     )
 
 
@@ -143,19 +144,19 @@ def sgd_sai_training() -> list[Claim]:
             "Vision transformers as good as with AdamW",
             "72.92 % against 73.04 %, ViT-S/16 on ImageNet",
             *at_least_even(VISION, "sgd_sai", "adamw"),
-            TEN,
+            SEVENTEEN,
         ),
         Claim(
             "GPT-2: a lower loss than with AdamW",
             "3.09 against 3.12 (GPT-2 small, OpenWebText)",
             *at_least_even([GPT], "sgd_sai", "adamw", better=True),
-            TEN,
+            SEVENTEEN,
         ),
         _resnet_claim(),
         Claim(
             "LoRA: better than AdamW",
             "BLEU 69.9 against 68.9 (GPT-2 medium, E2E)",
-            *at_least_even(["lora-smollm2/final"], "sgd_sai", "adamw", better=True),
+            *at_least_even(["lora-smollm2/compare"], "sgd_sai", "adamw", better=True),
             LORA,
         ),
         _frozen_claim(),
@@ -217,7 +218,7 @@ def _robust_claim() -> Claim:
 
 
 def _early_claim() -> Claim:
-    table = phases(*sweep_runs("fashion-vit/final"))
+    table = phases(*sweep_runs("fashion-vit/compare"))
     early, end = (table.loc["AdamW", share] - table.loc["SGD-SaI", share] for share in ("25%", "100%"))
     behind, level = early > 0.01, end < 0.003
     return Claim(
@@ -225,18 +226,18 @@ def _early_claim() -> Claim:
         "46 % against 61 % at epoch 20 of 90, then 72.9 % and 73.0 %",
         f"{100 * early:+.1f} points behind after a quarter, {100 * end:+.1f} at the end (fashion-vit)",
         by_count(behind + level, 2) if behind else NOT,
-        TEN,
+        SEVENTEEN,
     )
 
 
 def _scale_claim() -> Claim:
-    text, result = at_least_even(EVERYWHERE + DIFFUSION + TUNING, "sgd_sai", "sgd_sai_sqrtn", better=True)
+    text, result = at_least_even(WITH_CONTROL, "sgd_sai", "sgd_sai_sqrtn", better=True)
     return Claim(
         "The scale comes from the gradient (g-SNR)",
         "no control without the gradient",
         f"against √n alone {text}",
         result,
-        f"{TEN}, [g-SNR](../optimizers/gsnr.ipynb)",
+        f"{SEVENTEEN}, [g-SNR](../optimizers/gsnr.ipynb)",
     )
 
 
@@ -278,7 +279,7 @@ def adan_claims() -> list[Claim]:
             "As good as AdamW on vision transformers, or better",
             "80.1 %, ViT-S on ImageNet, 150 epochs",
             *at_least_even(VISION, "adan", "adamw"),
-            TEN,
+            SEVENTEEN,
         ),
         _batch_claim(),
         _epochs_claim(),
@@ -328,21 +329,20 @@ def adahessian_claims() -> list[Claim]:
         "As good as AdamW on transformers",
         "better than Adam in translation and language modelling",
         *at_least_even(TRANSFORMERS, "adahessian", "adamw"),
-        TEN,
+        SEVENTEEN,
     )
     return [_resnet_adahessian_claim(), transformers, _rates_claim(), _step_claim()]
 
 
 # %% ../../nbs/analysis/claims.ipynb #9c3482d2
 def _control_claim() -> Claim:
-    tasks = EVERYWHERE + DIFFUSION + TUNING
-    texts, verdicts = zip(*(compared(name, "sgd_sai", "sgd_sai_sqrtn") for name in tasks), strict=True)
+    texts, verdicts = zip(*(compared(name, "sgd_sai", "sgd_sai_sqrtn") for name in WITH_CONTROL), strict=True)
     return Claim(
         "The gradient does not matter: SGD-SaI is SGD with √n",
         "not asked",
         "; ".join(texts),
         by_count(verdicts.count("even"), len(verdicts), verdicts.count("open")),
-        TEN,
+        SEVENTEEN,
     )
 
 

@@ -112,12 +112,19 @@ def _decay_colors(cells: list[RateCell]):
 
 
 # %% ../../nbs/analysis/rate_figures.ipynb #096beaa9
+def _usual_span(unit: Unit, panels: dict, best: RateCell | None, metric: str) -> float:
+    "10 points or 0.5 nats, or as much more as the best cell of every optimizer needs to be seen."
+    usual = 10 if metric == "accuracy" else 50 * unit.close
+    bests = [cell for cell in (_best(mine, metric) for mine in panels.values()) if cell]
+    return max([usual, *(1.2 * unit.scale * abs(cell.value - best.value) for cell in bests)])
+
+
 def _look(task: Task, panels: dict, adamw: RateCell | None, metric: str, span: float | None) -> _Look:
     "The common axes and colours of the cells of each optimizer in `panels`."
     unit = POINTS if metric == "accuracy" else task.loss_unit
-    span = span or (10 if metric == "accuracy" else 50 * unit.close)
     cells = [cell for mine in panels.values() for cell in mine]
     best = _best([*cells, adamw] if adamw else cells, metric)
+    span = span or _usual_span(unit, panels, best, metric)
     top = unit.scale * best.value if best else 0.0
     edge, beyond = (top - _sign(metric) * share * span for share in (1.0, -0.08))
     pad = 0.05 * (edge - beyond)
@@ -173,7 +180,7 @@ def plot_rates(
     names=None,  # registry names; None: all
     columns: int = 6,  # panels side by side
     metric: str | None = None,  # 'accuracy' or 'val_loss'; None: the task's
-    span: float | None = None,  # what the axis shows below the best (above, of a loss); None: 10 points, 0.5 nats
+    span: float | None = None,  # points or nats on the axis, from the best; None: 10, 0.5, or all that are best
 ):  # the matplotlib figure
     "The metric of every cell against its learning rate, a panel per optimizer. Raises `ValueError` without runs."
     import matplotlib.pyplot as plt

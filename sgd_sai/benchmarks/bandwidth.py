@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 import torch
 
-from .measuring import seconds_of
+from .measuring import calls_per_time, seconds_of
 
 
 # %% ../../nbs/benchmarks/bandwidth.ipynb #523dd05d
@@ -52,13 +52,13 @@ def bandwidth(
     beside: Callable | None = None,  # a step that is timed in the same turns
 ) -> dict:  # kind -> bytes per entry as counted; median and best in bytes per second; `beside` in times of the kind
     "How fast memory moves bytes, in several ways."
-    movers = _movers(entries, device)
+    movers, calls = _movers(entries, device), calls_per_time(device)
     times, beside_times = {kind: [] for kind in movers}, []
     for _ in range(repeats + 1):  # the first turn does not count
         for kind, (_, f) in movers.items():
-            times[kind].append(seconds_of(f, device))
+            times[kind].append(seconds_of(f, device, calls))
         if beside:
-            beside_times.append(seconds_of(beside, device))
+            beside_times.append(seconds_of(beside, device, calls))
     rates = {}
     for kind, (moved, _) in movers.items():
         seconds = times[kind][1:]

@@ -26,6 +26,7 @@ from torch import nn
 
 from sgd_sai.benchmarks.measuring import (
     allocated_peak,
+    calls_per_time,
     interleave,
     machine,
     quartiles,
@@ -37,6 +38,7 @@ from ..experiments.errors import UsageError
 from ..experiments.optimizer_entry import OptimizerEntry, accepted, build_from_named, traffic_bytes
 from ..experiments.optimizers import get_optimizer, optimizer_names
 from .bandwidth import bandwidth, with_floor
+from .device_times import split_times
 
 
 # %% ../../nbs/benchmarks/step_time.ipynb #f0acb11f
@@ -155,6 +157,7 @@ def benchmark(
     budget: float = 60.0,  # seconds for each, as in interleave
     progress: Callable = lambda done, total, label: None,  # called with rounds made and to make, and whose
     peaks: bool = True,  # measure temporary memory too, which takes one more step
+    split: bool = False,  # measure what a step takes of the host and of the device too
 ) -> tuple[dict, dict]:  # name -> row of the record; name -> why it is left out
     "Time every optimizer in turns with the reference. Raises `UsageError` for a reference that cannot be timed."
     first = get_optimizer(reference, "benchmark")
@@ -168,6 +171,7 @@ def benchmark(
             step, note = prepared(entry, params)
             seconds, others = interleave(step, beside, rounds, device, budget, count)
             rows[name] = _row(entry, note, seconds, others, allocated_peak(step, device) if peaks else None)
+            rows[name] |= split_times(step, device) if split else {}
             reference_seconds += others
         except (RuntimeError, ImportError, ValueError, TypeError, AttributeError) as e:
             absent[name] = f"{entry.benchmark.label}: {_one_line(e)}"
@@ -175,6 +179,7 @@ def benchmark(
         gc.collect()
     seconds = reference_seconds or interleave(beside, beside, rounds, device, budget)[0]
     row = _row(first, "", seconds, seconds, allocated_peak(beside, device) if peaks else None)
+    row |= split_times(beside, device) if split else {}
     progress(len(entries) * rounds, len(entries) * rounds, first.benchmark.label)
     return {first.benchmark.name: row, **rows}, absent
 
@@ -195,9 +200,9 @@ def first_step(
     def fresh(name: str) -> float:
         return seconds_of(build_for_benchmark(entries[name], params).step, device)
 
-    ms, gsnr, with_allocation, sgd_allocation = [], [], [], []
+    ms, gsnr, with_allocation, sgd_allocation, calls = [], [], [], [], calls_per_time(device)
     for _ in range(rounds):
-        ordinary, sgd_ordinary = seconds_of(opt.step, device), seconds_of(sgd.step, device)
+        ordinary, sgd_ordinary = seconds_of(opt.step, device, calls), seconds_of(sgd.step, device, calls)
         for state in opt.state.values():
             del state["gsnr"]
         ms.append(1e3 * ordinary)
@@ -222,6 +227,7 @@ def measure_speed(
     reference: str = "sgd-fused",  # as in benchmark
     budget: float = 60.0,  # as in benchmark
     progress: Callable = lambda done, total, label: None,  # as in benchmark
+    split: bool = False,  # as in benchmark
 ) -> dict:  # plain numbers, for a file
     "Times of optimizer steps, their ratios to the reference and to the floor, the bandwidths, and the first step."
     n, params = sum(torch.Size(shape).numel() for shape in shapes), random_parameters(shapes, device)
@@ -233,7 +239,7 @@ def measure_speed(
 
     progress(0, None, "memory bandwidth")
     before = rates()
-    rows, absent = benchmark(params, entries or choose(), reference, rounds, device, budget, progress)
+    rows, absent = benchmark(params, entries or choose(), reference, rounds, device, budget, progress, split=split)
     progress(None, None, "first step")
     record = {
         "parameters": n,

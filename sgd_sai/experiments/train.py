@@ -55,6 +55,11 @@ def schedule(
 
 
 # %% ../../nbs/experiments/train.ipynb #c1d3d19c
+def _cut(data: Data) -> Callable | None:
+    "What makes a batch of the numbers of its items, where the training data offer that."
+    return getattr(data.train, "cut", None)
+
+
 def _loader(task: Task, data: Data, spec: RunSpec) -> DataLoader:
     "Batches of one epoch, or of the whole run where a task draws with replacement, in an order that the seed decides."
     sampler = RandomSampler(
@@ -63,7 +68,8 @@ def _loader(task: Task, data: Data, spec: RunSpec) -> DataLoader:
         generator=torch.Generator().manual_seed(spec.seed),
         num_samples=spec.steps * spec.batch_size if task.replacement else None,
     )
-    return DataLoader(data.train, spec.batch_size, sampler=sampler, drop_last=True, num_workers=task.loader_workers)
+    items = range(len(data.train)) if _cut(data) else data.train
+    return DataLoader(items, spec.batch_size, sampler=sampler, drop_last=True, num_workers=task.loader_workers)
 
 
 def _repeat(loader) -> Iterator:
@@ -79,14 +85,14 @@ def batches(
     prepare: Callable = lambda loader: loader,  # e.g. Accelerator.prepare
 ) -> Iterator:  # endless
     "Training batches in an order that depends on the seed alone, as do random crops and flips."
-    stream = _repeat(prepare(_loader(task, data, spec)))
+    stream, cut = _repeat(prepare(_loader(task, data, spec))), _cut(data)
     random_state = torch.Generator().manual_seed(spec.seed).get_state()
     while True:
         with torch.random.fork_rng(devices=[]):
             torch.set_rng_state(random_state)
             batch = next(stream)
             random_state = torch.get_rng_state()
-        yield batch
+        yield cut(batch) if cut else batch
 
 
 # %% ../../nbs/experiments/train.ipynb #30baf43c

@@ -139,6 +139,9 @@ def test_runs_on_a_processor_and_on_a_gpu_are_not_compared_unseen():
         run["environment"] = {"device": device}
     assert audit(experiment(runs)).found == {"device": "cpu and cuda"}
     assert audit(experiment(runs[:3])).found == {}
+    chosen = made("adamw", lr=0.1, weight_decay=0.0) + made("sgdm", lr=0.1, weight_decay=0.0)
+    assert audit(experiment(chosen, runs, chosen)).found["device"] == "cpu and cuda"  # in the search
+    assert "device" not in audit(experiment(chosen, runs[:3], chosen)).found
 
 
 def test_nothing_on_the_site_is_unexplained_and_no_explanation_is_stale():
@@ -153,7 +156,7 @@ def test_nothing_on_the_site_is_unexplained_and_no_explanation_is_stale():
     assert used == set(EXPLAINED)
     waiting = {  # none of the others may lose its runs without a word
         *("digits-vit/example", "digits-vit/rates", "digits-vit-narrow/rates", "digits-vit-wide/rates"),
-        "shakespeare-gpt/scalings",
+        *("shakespeare-gpt/scalings", "shakespeare-gpt-large/gpu", "python-gpt2/gpu"),
     }
     assert set(untrained(ROOT)) == waiting
     assert len(audit_frame(audits)) == len(audits) > 10

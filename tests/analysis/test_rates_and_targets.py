@@ -135,6 +135,14 @@ def test_accuracies_are_in_percent_and_bad_ones_below():
     assert drawn(plot_rates(DIGITS, runs, span=20).axes[0], "v") == [(1.0, 75.0)]
 
 
+def test_the_best_of_every_optimizer_is_seen():
+    runs = [run_of("adamw", 0.95, 0.1, metric="accuracy"), run_of("sgdm", 0.7, 0.1, metric="accuracy")]
+    runs.append(run_of("sgdm", 0.5, 1.0, metric="accuracy"))
+    ax = next(ax for ax in plot_rates(DIGITS, runs).axes if ax.get_title(loc="left") == "SGDM")
+    assert (0.1, 70.0) in drawn(ax, "o") and drawn(ax, "v") == [(1.0, pytest.approx(95 - 1.2 * 25))]
+    assert ax.get_ylim()[0] < 65
+
+
 def test_a_figure_of_rates_needs_runs():
     for runs, names in (([], None), (searched(), ["adan"])):
         with pytest.raises(ValueError, match="runs are needed"):

@@ -26,8 +26,6 @@ __all__ = [
 # %% ../../../nbs/experiments/tasks/diffusion.ipynb #429093eb
 import base64
 import io
-import os
-import tempfile
 from itertools import chain, count, islice
 from pathlib import Path
 from typing import Callable
@@ -36,9 +34,18 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from sgd_sai.experiments.tasks.task import (
+    SQUARED_ERROR,
+    Data,
+    Task,
+    data_folder,
+    digest,
+    save_tensors,
+    with_control,
+)
+
 from ..optimizers import optimizer_style
 from .image_scores import build_classifier, classify_16, image_scores
-from .task import SQUARED_ERROR, Data, Task, data_folder, digest, with_control
 from .vision import FASHION_FILES, torchvision_set
 
 # %% ../../../nbs/experiments/tasks/diffusion.ipynb #2ec773b2
@@ -191,10 +198,7 @@ def trained_once(
             model.load_state_dict(torch.load(path, weights_only=True))
             return model.eval()
         _train_briefly(model, data, loss, steps, batch_size)
-    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".part-", delete=False) as f:
-        torch.save(model.state_dict(), f)
-    os.chmod(f.name, 0o644)
-    os.replace(f.name, path)
+    save_tensors(path, model.state_dict())
     return model.eval()
 
 

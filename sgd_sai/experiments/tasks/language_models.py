@@ -94,6 +94,8 @@ def build_kjv_gpt(sizes: dict) -> nn.Module:
 class TokenFile(TextWindows):
     "Windows of a file of tokens (uint16), which is mapped into memory."
 
+    cut = None  # the file is read window by window
+
     def __init__(
         self,
         path,  # the file

@@ -14,6 +14,7 @@ from .diffusion import DIFFUSION_TASKS
 from .language_models import LANGUAGE_TASKS
 from .lora import LORA_TASKS
 from .paper_recipes import RECIPE_TASKS
+from .python_gpt2 import PYTHON_TASK
 from .sentiment import SENTIMENT
 from .task import Task
 from .text import TEXT_TASKS
@@ -24,6 +25,7 @@ BUILT_IN_TASKS = (
     *VISION_TASKS,
     *TEXT_TASKS,
     *LANGUAGE_TASKS,
+    PYTHON_TASK,
     SENTIMENT,
     *LORA_TASKS,
     *DIFFUSION_TASKS,

@@ -17,6 +17,7 @@ __all__ = [
     "with_peers",
     "data_folder",
     "fetch_file",
+    "save_tensors",
     "where_present",
 ]
 
@@ -24,6 +25,7 @@ __all__ = [
 import hashlib
 import logging
 import os
+import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -168,6 +170,22 @@ def fetch_file(
             f"Remove it, or get it from {url}"
         )
     return path
+
+
+# %% ../../../nbs/experiments/tasks/task.ipynb #00f665ce
+def save_tensors(
+    path: Path,  # its folder is there
+    tensors: dict,  # tensors, and what else `torch.load(weights_only=True)` reads
+):
+    "Write a file with `torch.save`, all or nothing."
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".part-", delete=False) as f:
+        try:
+            torch.save(tensors, f)
+        except BaseException:
+            Path(f.name).unlink()
+            raise
+    os.chmod(f.name, 0o644)
+    os.replace(f.name, path)
 
 
 # %% ../../../nbs/experiments/tasks/task.ipynb #7e64b91c
