@@ -155,8 +155,7 @@ def test_nothing_on_the_site_is_unexplained_and_no_explanation_is_stale():
             used.add(key)
     assert used == set(EXPLAINED)
     waiting = {  # none of the others may lose its runs without a word
-        *("digits-vit/example", "digits-vit/rates", "digits-vit-narrow/rates", "digits-vit-wide/rates"),
-        *("shakespeare-gpt/scalings", "shakespeare-gpt-large/gpu", "python-gpt2/gpu"),
+        *("digits-vit/example", "shakespeare-gpt/scalings", "shakespeare-gpt-large/gpu", "python-gpt2/gpu"),
     }
     assert set(untrained(ROOT)) == waiting
     assert len(audit_frame(audits)) == len(audits) > 10
