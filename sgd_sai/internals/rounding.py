@@ -70,8 +70,9 @@ def stochastic_round_(
     random: Tensor,  # int32 in [0, 65536), as many, from random_bits
 ):
     "Write `exact` to `stored`: to one of the two neighbours, right on average. Infinities and nan stay what they are."
+    is_nan = exact.isnan()  # adding to its bits could make a number of it
     exact.view(torch.int32).add_(random.view(exact.shape)).bitwise_and_(-(1 << 16))
-    stored.copy_(exact)
+    stored.copy_(exact.masked_fill_(is_nan, torch.nan))
 
 
 # %% ../../nbs/internals/rounding.ipynb #e52c823f

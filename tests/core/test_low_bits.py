@@ -105,6 +105,16 @@ def test_what_bfloat16_holds_is_not_changed():
     assert stored[0].isnan()
 
 
+@pytest.mark.parametrize("bits", [0x7FFFFFFF, -1, 0x7FC00000, 0x7F800001])
+@pytest.mark.parametrize("noise", [0, 1, 65535])
+def test_every_nan_stays_nan(bits, noise):
+    "The nan that a GPU makes has all bits set but the sign's; with noise added to them they are those of a number."
+    stored = torch.zeros(2, dtype=BF16)
+    exact = torch.tensor([bits, 0x3F800000], dtype=torch.int32).view(FLOAT32)  # the second is 1
+    stochastic_round_(stored, exact, torch.full((2,), noise, dtype=torch.int32))
+    assert stored[0].isnan() and stored[1] == 1
+
+
 @given(n=st.integers(1, 2000), seed=st.integers(0, 2**31), decades=st.floats(0, 6), random=st.booleans())
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_eight_bits_are_within_one_step_of_the_codes(n, seed, decades, random):
