@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from sgd_sai import SGDSaI, gsnr
 from sgd_sai.gsnr import gsnr_values
-from sgd_sai.internals import tensor_tables
-from sgd_sai.internals.tensor_tables import TABLE_BLOCK
+from sgd_sai.internals.tensor_tables import TABLE_BLOCK, triton_as_default
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIZES = [0, 1, 2, 7, 300, TABLE_BLOCK, TABLE_BLOCK + 1]
@@ -26,10 +25,10 @@ def sums():
 
 
 @pytest.fixture
-def on_this_device(monkeypatch):
-    "Let scales be measured by the kernels, also on the CPU."
-    monkeypatch.setattr(tensor_tables, "TRITON_DEVICES", ("cuda", "cpu"))
-    monkeypatch.setattr(tensor_tables, "TRITON_IS_DEFAULT", True)
+def by_default(triton_on_cpu):
+    "Let scales be measured by the kernels."
+    with triton_as_default():
+        yield
 
 
 @settings(max_examples=40, deadline=None)
@@ -61,7 +60,7 @@ def test_what_it_can_read(sums, layout):
     assert sums.can_sum(given) == (layout == "transposed")
 
 
-def test_g_snr_is_what_the_other_readers_find(on_this_device):
+def test_g_snr_is_what_the_other_readers_find(by_default):
     torch.manual_seed(0)
     many = [torch.randn(n) * 1e-3 for n in (768, 768, 5, 5000, 1, 0)]
     many += [
@@ -79,7 +78,7 @@ def test_g_snr_is_what_the_other_readers_find(on_this_device):
     )
 
 
-def test_a_first_step_measures_with_one_call(on_this_device, sums, monkeypatch):
+def test_a_first_step_measures_with_one_call(by_default, sums, monkeypatch):
     calls, read = [], sums.sums_by_triton
     monkeypatch.setattr(sums, "sums_by_triton", lambda grads: calls.append(len(grads)) or read(grads))
     params = [torch.nn.Parameter(torch.randn(n, device=DEVICE)) for n in (30, 700, 1)]
