@@ -140,6 +140,27 @@ def options_of(**changes):
     return dict(lr=0.1, mu=0.9, weight_decay=0.1, nesterov=False, maximize=False) | changes
 
 
+def test_stochastic_rounding_is_right_on_average_and_parameter_and_momentum_have_noise_of_their_own(kernel):
+    "The momentum becomes 1 + 2**-9, a quarter of the way to its upper neighbour, the parameter the like below 1."
+    n = 16384
+    p, m = (torch.ones(n, dtype=BF16, device=DEVICE) for _ in range(2))
+    g = torch.full((n,), 1 + 2**-8, device=DEVICE)
+    options = options_of(lr=2**-10, mu=0.5, weight_decay=0.0)
+    kernel.step_by_triton([p], [g], [m], [1.0], **options, keys=[7], stochastic_p=True, stochastic_m=True)
+    assert set(p.tolist()) == {1.0, 1 - 2**-8} and set(m.tolist()) == {1.0, 1 + 2**-7}
+    moved_p, moved_m = p < 1, m > 1
+    for moved, share in ((moved_p, 0.25), (moved_m, 0.25), (moved_p & moved_m, 0.0625)):
+        assert moved.float().mean().item() == pytest.approx(share, abs=0.015)
+
+
+def test_gradients_of_several_dtypes_are_taken_apart(kernel):
+    params = [torch.ones(5, dtype=BF16, device=DEVICE) for _ in range(3)]
+    grads = [torch.full((5,), 2.0, dtype=dtype, device=DEVICE) for dtype in (FP32, BF16, FP32)]
+    kernel.step_by_triton(params, grads, [None] * 3, [1.0, 2.0, 4.0], **options_of(mu=0.0, weight_decay=0.0))
+    for p, expected in zip(params, (0.8, 0.6, 0.2), strict=True):
+        assert p.tolist() == pytest.approx([expected] * 5, abs=2e-3)
+
+
 def test_two_thousand_small_tensors_in_one_launch(kernel, monkeypatch):
     "In the interpreter, which takes a while for each block, every fiftieth of them is stepped; on a GPU all are."
     every = 1 if DEVICE.type == "cuda" else 50

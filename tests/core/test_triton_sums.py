@@ -47,6 +47,12 @@ def test_sums_of_generated_tensors(sums, sizes, dtype, size, mean):
         assert found[i] == pytest.approx(expected, rel=1e-12, abs=1e-12)
 
 
+def test_more_blocks_than_are_added_up_at_a_time(sums, monkeypatch):
+    monkeypatch.setattr(sums, "_WIDTH", 2)
+    grads = {0: torch.ones(4 * TABLE_BLOCK + 3, device=DEVICE), 1: torch.ones(5, device=DEVICE)}
+    assert sums.sums_by_triton(grads) == {i: (len(x), 0.0, len(x)) for i, x in grads.items()}
+
+
 def test_tensors_of_several_dtypes_keep_their_order(sums):
     grads = {5: torch.ones(3), 2: torch.ones(4, dtype=torch.bfloat16), 9: 2 * torch.ones(5)}
     grads = {i: x.to(DEVICE) for i, x in grads.items()}
