@@ -967,6 +967,10 @@ d = {
             ),
         },
         "sgd_sai.benchmarks.device_parts": {
+            "sgd_sai.benchmarks.device_parts._by_triton": (
+                "benchmarks/device_parts.html#_by_triton",
+                "sgd_sai/benchmarks/device_parts.py",
+            ),
             "sgd_sai.benchmarks.device_parts._compared": (
                 "benchmarks/device_parts.html#_compared",
                 "sgd_sai/benchmarks/device_parts.py",
@@ -985,6 +989,10 @@ d = {
             ),
             "sgd_sai.benchmarks.device_parts._speed": (
                 "benchmarks/device_parts.html#_speed",
+                "sgd_sai/benchmarks/device_parts.py",
+            ),
+            "sgd_sai.benchmarks.device_parts._speed_of_forms": (
+                "benchmarks/device_parts.html#_speed_of_forms",
                 "sgd_sai/benchmarks/device_parts.py",
             ),
             "sgd_sai.benchmarks.device_parts._training_step": (
@@ -4119,6 +4127,10 @@ d = {
             ),
             "sgd_sai.internals.tensor_tables.takes_triton": (
                 "internals/tensor_tables.html#takes_triton",
+                "sgd_sai/internals/tensor_tables.py",
+            ),
+            "sgd_sai.internals.tensor_tables.triton_as_default": (
+                "internals/tensor_tables.html#triton_as_default",
                 "sgd_sai/internals/tensor_tables.py",
             ),
         },

@@ -132,7 +132,7 @@ def _step_group(opt: BaseOptimizer, group: dict, entries: list[tuple], largest):
         rounding = rounding_of(group, p_dtype, m_dtype)
         if takes_triton(group, device):
             alike = _step_by_triton(opt, alike, rounding, **settings)
-        if alike and rounding:
+        if rounding:
             step_rounded_entries(opt, alike, rounding, **settings)
         elif alike:
             _step_entries(group, alike, **settings)

@@ -42,6 +42,7 @@ def _add_blocks(partial, sizes, first_blocks, sums, BLOCK: tl.constexpr, WIDTH: 
 
 
 # %% ../nbs/optimizers/triton_sums.ipynb #ccb44f53
+_WIDTH = 1024  # blocks whose sums are added up at a time
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float64: tl.float64}
 
 
@@ -63,7 +64,7 @@ def _sums_of_dtype(tensors: list[Tensor]) -> Tensor:
     if len(partial):
         _sum_block[(len(partial),)](addresses, *blocks, partial, T=dtype, BLOCK=TABLE_BLOCK, num_warps=8)
     _add_blocks[(len(tensors),)](
-        partial, blocks.sizes, blocks.first_blocks, sums, BLOCK=TABLE_BLOCK, WIDTH=1024, num_warps=8
+        partial, blocks.sizes, blocks.first_blocks, sums, BLOCK=TABLE_BLOCK, WIDTH=_WIDTH, num_warps=8
     )
     return sums
 

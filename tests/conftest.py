@@ -56,6 +56,14 @@ def pytest_collection_modifyitems(config, items):
 
 
 @pytest.fixture
+def triton_on_cpu(monkeypatch):
+    "Let Triton's kernels take tensors on the CPU as well, in its interpreter."
+    from sgd_sai.internals import tensor_tables
+
+    monkeypatch.setattr(tensor_tables, "TRITON_DEVICES", ("cuda", "cpu"))
+
+
+@pytest.fixture
 def record_way(request):
     """A function of section, way, and the numbers by optimizer.
 

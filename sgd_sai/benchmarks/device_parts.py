@@ -7,6 +7,7 @@ __all__ = [
     "SMALL_TENSORS",
     "DEVICE_SHAPES",
     "TIMED",
+    "BY_TRITON",
     "KEPT",
     "COMPILED",
     "DEVICE_PARTS",
@@ -23,6 +24,7 @@ from collections.abc import Callable
 from functools import partial
 
 from ..experiments.optimizers import get_optimizer
+from ..internals.tensor_tables import has_triton, triton_as_default
 from .captured_steps import STEP_FORMS, StepForm, captured_step, compare_steps, compiled_step
 from .device_memory import memory_of_optimizers
 from .device_times import synchronisations
@@ -55,9 +57,27 @@ def _speed(shapes: Callable, device: str, quick: bool) -> dict:
     return measure_speed(shapes(), choose(names), rounds, device, budget=budget, split=True)
 
 
+BY_TRITON = ", Triton by default"  # of a unit: Triton's kernels are taken where nothing says otherwise
+
+
+def _by_triton(unit: Callable) -> dict:
+    "The record of a unit, measured with Triton's kernels as the default."
+    with triton_as_default():
+        return unit()
+
+
+def _speed_of_forms(shapes: Callable, device: str) -> dict:
+    "The record of those that Triton's kernels could step by default."
+    return measure_speed(shapes(), choose(["sgd_sai", "sgd_sai-bf16"]), 20, device, budget=2.0, split=True)
+
+
 def step_units(device: str, quick: bool = False) -> dict[str, Callable]:
-    "Step times of several sets of shapes."
-    return {name: partial(_speed, shapes, device, quick) for name, shapes in _shapes(quick).items()}
+    "Step times of several sets of shapes; on a GPU also with Triton's kernels as the default."
+    units = {name: partial(_speed, shapes, device, quick) for name, shapes in _shapes(quick).items()}
+    if device == "cuda" and not quick and has_triton():
+        measured = partial(_speed_of_forms, DEVICE_SHAPES["gpt2"], device)
+        units["gpt2" + BY_TRITON] = partial(_by_triton, measured)
+    return units
 
 
 # %% ../../nbs/benchmarks/device_parts.ipynb #ae7db5d2
@@ -82,8 +102,11 @@ def _first(shapes: Callable, device: str, quick: bool) -> dict:
 
 
 def first_units(device: str, quick: bool = False) -> dict[str, Callable]:
-    "The first step on several sets of shapes: its time, and its waits."
-    return {name: partial(_first, shapes, device, quick) for name, shapes in _shapes(quick).items()}
+    "The first step on several sets of shapes: its time, and its waits; on a GPU also with Triton's kernels."
+    units = {name: partial(_first, shapes, device, quick) for name, shapes in _shapes(quick).items()}
+    if device == "cuda" and not quick and has_triton():
+        units |= {name + BY_TRITON: partial(_by_triton, unit) for name, unit in units.items()}
+    return units
 
 
 # %% ../../nbs/benchmarks/device_parts.ipynb #59bbae6c

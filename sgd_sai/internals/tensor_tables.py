@@ -15,10 +15,12 @@ __all__ = [
     "takes_triton",
     "measures_by_triton",
     "is_fused_by_triton",
+    "triton_as_default",
 ]
 
 # %% ../../nbs/internals/tensor_tables.ipynb #74d513d0
 import importlib.util
+from contextlib import contextmanager
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -141,8 +143,20 @@ def measures_by_triton(
     return TRITON_IS_DEFAULT and device.type in TRITON_DEVICES and has_triton()
 
 
+# %% ../../nbs/internals/tensor_tables.ipynb #429e9fad
 def is_fused_by_triton(
     group: dict,  # as in takes_triton, and params where it is a group
 ) -> bool:
     "True if all parameters of the group are where Triton's kernel takes them; also for a group without parameters yet."
     return all(takes_triton(group, p.device) for p in group.get("params", ()))
+
+
+@contextmanager
+def triton_as_default():
+    "Within it, Triton's kernels are taken where nothing says otherwise: for measurements of what that would be."
+    global TRITON_IS_DEFAULT
+    before, TRITON_IS_DEFAULT = TRITON_IS_DEFAULT, True
+    try:
+        yield
+    finally:
+        TRITON_IS_DEFAULT = before

@@ -23,6 +23,7 @@ from sgd_sai.benchmarks.device_parts import DEVICE_PARTS
 from sgd_sai.benchmarks.device_records import NotAvailable, card_environment, code_digest, run_unit, run_units
 from sgd_sai.benchmarks.device_times import host_seconds, split_times, synchronisations
 from sgd_sai.experiments.errors import UsageError
+from sgd_sai.internals import tensor_tables
 from sgd_sai.sgd_sai import SGDSaI
 
 SHAPES = [(8, 6), (6,)]
@@ -267,6 +268,27 @@ def test_every_part_has_units_for_a_gpu(part):
     "Their functions are called on a GPU alone; here they exist, with names that say what is measured."
     units = DEVICE_PARTS[part]("cuda")
     assert len(units) >= 3 and all(map(callable, units.values()))
+
+
+@pytest.mark.parametrize("part", ["steps", "first"])
+def test_what_triton_would_be_as_the_default_is_measured(part, monkeypatch):
+    "On a GPU alone, within the measurement alone, and also when it fails."
+    monkeypatch.setattr(device_parts, "has_triton", lambda: True)
+    seen = []
+
+    def measure(*args, **kwargs):
+        seen.append(tensor_tables.TRITON_IS_DEFAULT)
+        raise KeyError("measured")
+
+    for name in ("measure_speed", "first_step"):
+        monkeypatch.setattr(device_parts, name, measure)
+    monkeypatch.setattr(device_parts, "random_parameters", lambda *args: [])
+    units = DEVICE_PARTS[part]("cuda")
+    for name in ("gpt2", "gpt2" + device_parts.BY_TRITON):
+        with pytest.raises(KeyError, match="measured"):
+            units[name]()
+    assert seen == [False, True] and not tensor_tables.TRITON_IS_DEFAULT
+    assert not any(device_parts.BY_TRITON in name for name in DEVICE_PARTS[part]("cpu"))
 
 
 def test_shapes_are_those_of_the_models():

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from sgd_sai import SGDSaI, gsnr
 from sgd_sai.gsnr import gsnr_values
-from sgd_sai.internals import tensor_tables
-from sgd_sai.internals.tensor_tables import TABLE_BLOCK
+from sgd_sai.internals.tensor_tables import TABLE_BLOCK, triton_as_default
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIZES = [0, 1, 2, 7, 300, TABLE_BLOCK, TABLE_BLOCK + 1]
@@ -26,10 +25,10 @@ def sums():
 
 
 @pytest.fixture
-def on_this_device(monkeypatch):
-    "Let scales be measured by the kernels, also on the CPU."
-    monkeypatch.setattr(tensor_tables, "TRITON_DEVICES", ("cuda", "cpu"))
-    monkeypatch.setattr(tensor_tables, "TRITON_IS_DEFAULT", True)
+def by_default(triton_on_cpu):
+    "Let scales be measured by the kernels."
+    with triton_as_default():
+        yield
 
 
 @settings(max_examples=40, deadline=None)
@@ -48,6 +47,12 @@ def test_sums_of_generated_tensors(sums, sizes, dtype, size, mean):
         assert found[i] == pytest.approx(expected, rel=1e-12, abs=1e-12)
 
 
+def test_more_blocks_than_are_added_up_at_a_time(sums, monkeypatch):
+    monkeypatch.setattr(sums, "_WIDTH", 2)
+    grads = {0: torch.ones(4 * TABLE_BLOCK + 3, device=DEVICE), 1: torch.ones(5, device=DEVICE)}
+    assert sums.sums_by_triton(grads) == {i: (len(x), 0.0, len(x)) for i, x in grads.items()}
+
+
 def test_tensors_of_several_dtypes_keep_their_order(sums):
     grads = {5: torch.ones(3), 2: torch.ones(4, dtype=torch.bfloat16), 9: 2 * torch.ones(5)}
     grads = {i: x.to(DEVICE) for i, x in grads.items()}
@@ -61,7 +66,7 @@ def test_what_it_can_read(sums, layout):
     assert sums.can_sum(given) == (layout == "transposed")
 
 
-def test_g_snr_is_what_the_other_readers_find(on_this_device):
+def test_g_snr_is_what_the_other_readers_find(by_default):
     torch.manual_seed(0)
     many = [torch.randn(n) * 1e-3 for n in (768, 768, 5, 5000, 1, 0)]
     many += [
@@ -79,7 +84,7 @@ def test_g_snr_is_what_the_other_readers_find(on_this_device):
     )
 
 
-def test_a_first_step_measures_with_one_call(on_this_device, sums, monkeypatch):
+def test_a_first_step_measures_with_one_call(by_default, sums, monkeypatch):
     calls, read = [], sums.sums_by_triton
     monkeypatch.setattr(sums, "sums_by_triton", lambda grads: calls.append(len(grads)) or read(grads))
     params = [torch.nn.Parameter(torch.randn(n, device=DEVICE)) for n in (30, 700, 1)]
