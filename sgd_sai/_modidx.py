@@ -930,6 +930,28 @@ d = {
                 "sgd_sai/benchmarks/captured_steps.py",
             ),
         },
+        "sgd_sai.benchmarks.chunk_sizes": {
+            "sgd_sai.benchmarks.chunk_sizes.chunk_size_table": (
+                "benchmarks/chunk_sizes.html#chunk_size_table",
+                "sgd_sai/benchmarks/chunk_sizes.py",
+            ),
+            "sgd_sai.benchmarks.chunk_sizes.chunks_of": (
+                "benchmarks/chunk_sizes.html#chunks_of",
+                "sgd_sai/benchmarks/chunk_sizes.py",
+            ),
+            "sgd_sai.benchmarks.chunk_sizes.measure_chunk_sizes": (
+                "benchmarks/chunk_sizes.html#measure_chunk_sizes",
+                "sgd_sai/benchmarks/chunk_sizes.py",
+            ),
+            "sgd_sai.benchmarks.chunk_sizes.plot_chunk_sizes": (
+                "benchmarks/chunk_sizes.html#plot_chunk_sizes",
+                "sgd_sai/benchmarks/chunk_sizes.py",
+            ),
+            "sgd_sai.benchmarks.chunk_sizes.rate_in_place": (
+                "benchmarks/chunk_sizes.html#rate_in_place",
+                "sgd_sai/benchmarks/chunk_sizes.py",
+            ),
+        },
         "sgd_sai.benchmarks.cuda_allocator": {
             "sgd_sai.benchmarks.cuda_allocator.CudaMemory": (
                 "benchmarks/cuda_allocator.html#cudamemory",
@@ -1671,6 +1693,10 @@ d = {
             ),
         },
         "sgd_sai.cli.measure_commands": {
+            "sgd_sai.cli.measure_commands._check_kind": (
+                "cli/measure_commands.html#_check_kind",
+                "sgd_sai/cli/measure_commands.py",
+            ),
             "sgd_sai.cli.measure_commands._check_names": (
                 "cli/measure_commands.html#_check_names",
                 "sgd_sai/cli/measure_commands.py",
@@ -1701,6 +1727,14 @@ d = {
             ),
             "sgd_sai.cli.measure_commands._shapes_of": (
                 "cli/measure_commands.html#_shapes_of",
+                "sgd_sai/cli/measure_commands.py",
+            ),
+            "sgd_sai.cli.measure_commands._speed_of_chunks": (
+                "cli/measure_commands.html#_speed_of_chunks",
+                "sgd_sai/cli/measure_commands.py",
+            ),
+            "sgd_sai.cli.measure_commands._speed_of_steps": (
+                "cli/measure_commands.html#_speed_of_steps",
                 "sgd_sai/cli/measure_commands.py",
             ),
             "sgd_sai.cli.measure_commands._speed_options": (
@@ -3748,6 +3782,14 @@ d = {
             ),
         },
         "sgd_sai.internals.chunks": {
+            "sgd_sai.internals.chunks._read_cores": (
+                "internals/chunks.html#_read_cores",
+                "sgd_sai/internals/chunks.py",
+            ),
+            "sgd_sai.internals.chunks._read_last_cache": (
+                "internals/chunks.html#_read_last_cache",
+                "sgd_sai/internals/chunks.py",
+            ),
             "sgd_sai.internals.chunks.all_full_precision": (
                 "internals/chunks.html#all_full_precision",
                 "sgd_sai/internals/chunks.py",
@@ -3757,11 +3799,19 @@ d = {
                 "internals/chunks.html#chunk_entries",
                 "sgd_sai/internals/chunks.py",
             ),
+            "sgd_sai.internals.chunks.chunk_for_cache": (
+                "internals/chunks.html#chunk_for_cache",
+                "sgd_sai/internals/chunks.py",
+            ),
             "sgd_sai.internals.chunks.chunks": ("internals/chunks.html#chunks", "sgd_sai/internals/chunks.py"),
             "sgd_sai.internals.chunks.in_float32": ("internals/chunks.html#in_float32", "sgd_sai/internals/chunks.py"),
             "sgd_sai.internals.chunks.is_dense": ("internals/chunks.html#is_dense", "sgd_sai/internals/chunks.py"),
             "sgd_sai.internals.chunks.is_quantized_subclass": (
                 "internals/chunks.html#is_quantized_subclass",
+                "sgd_sai/internals/chunks.py",
+            ),
+            "sgd_sai.internals.chunks.last_level_cache": (
+                "internals/chunks.html#last_level_cache",
                 "sgd_sai/internals/chunks.py",
             ),
             "sgd_sai.internals.chunks.same_layout": (
