@@ -213,7 +213,15 @@ def test_import_needs_torch_alone():
     assert done.returncode == 0, done.stderr
 
 
-LAYERS = ("internals", "", "experiments", "benchmarks", "analysis", "cli")  # a folder may import those before it
+LAYERS = (
+    "internals",
+    "",
+    "experiments",
+    "benchmarks",
+    "analysis",
+    "explore",
+    "cli",
+)  # a folder may import those before it
 
 
 def imported_layers(path):
