@@ -26,7 +26,7 @@ def steps(triton, foreach=2.0, default=2.0):
     return {BEFORE: timed(sgd_sai__foreach=foreach, sgd_sai=default), AFTER: timed(sgd_sai=triton)}
 
 
-def tests_that_ran(status="passed", failures=(), missing=None):
+def ran_tests(status="passed", failures=(), missing=None):
     return {"status": status, "failures": dict.fromkeys(failures, []), "missing": missing or {}}
 
 
@@ -43,31 +43,31 @@ def save(folder, card, units=None, tests=None):
 
 CRASHED = {"status": "failed", "error": "RuntimeError: CUDA error"}
 LACKS = {"status": "missing", "error": "No module named 'transformers'"}
-WON = (steps(1.0), tests_that_ran())
+WON = (steps(1.0), ran_tests())
 CARDS = {  # what one card measured, and the verdict
     "faster and right": (*WON, True),
-    "other tests failed": (steps(1.0), tests_that_ran("failed", ["tests/core/test_adan.py::test_x"]), True),
+    "other tests failed": (steps(1.0), ran_tests("failed", ["tests/core/test_adan.py::test_x"]), True),
     "other tests lack a package": (
         steps(1.0),
-        tests_that_ran(missing={"expecttest": ["tests/core/test_adan.py"]}),
+        ran_tests(missing={"expecttest": ["tests/core/test_adan.py"]}),
         True,
     ),
-    "already the default": (steps(1.0, foreach=2.0, default=1.0), tests_that_ran(), True),
-    "slower": (steps(2.5), tests_that_ran(), False),
-    "within the quartiles": (steps(1.7), tests_that_ran(), False),
-    "a test of it failed": (steps(1.0), tests_that_ran("failed", [A_TEST]), False),
-    "a test of it failed before time was up": (steps(1.0), tests_that_ran("timed out", [A_TEST]), False),
-    "a test of it failed, nothing timed": (None, tests_that_ran("failed", [A_TEST]), False),
+    "already the default": (steps(1.0, foreach=2.0, default=1.0), ran_tests(), True),
+    "slower": (steps(2.5), ran_tests(), False),
+    "within the quartiles": (steps(1.7), ran_tests(), False),
+    "a test of it failed": (steps(1.0), ran_tests("failed", [A_TEST]), False),
+    "a test of it failed before time was up": (steps(1.0), ran_tests("timed out", [A_TEST]), False),
+    "a test of it failed, nothing timed": (None, ran_tests("failed", [A_TEST]), False),
     "slower, no tests": (steps(2.5), None, False),
-    "it crashed": ({**steps(1.0), AFTER: CRASHED}, tests_that_ran(), False),
-    "it could not be timed": ({**steps(1.0), AFTER: timed()}, tests_that_ran(), False),
+    "it crashed": ({**steps(1.0), AFTER: CRASHED}, ran_tests(), False),
+    "it could not be timed": ({**steps(1.0), AFTER: timed()}, ran_tests(), False),
     "no tests": (steps(1.0), None, None),
-    "tests were cut off": (steps(1.0), tests_that_ran("timed out"), None),
-    "a test of it lacks a package": (steps(1.0), tests_that_ran(missing={"x": [A_TEST]}), None),
-    "the other way was not timed": ({AFTER: timed(sgd_sai=1.0)}, tests_that_ran(), None),
-    "it was not timed": ({BEFORE: timed(sgd_sai__foreach=2.0)}, tests_that_ran(), None),
-    "the model could not be built": ({BEFORE: LACKS, AFTER: LACKS}, tests_that_ran(), None),
-    "nothing timed": (None, tests_that_ran(), None),
+    "tests were cut off": (steps(1.0), ran_tests("timed out"), None),
+    "a test of it lacks a package": (steps(1.0), ran_tests(missing={"x": [A_TEST]}), None),
+    "the other way was not timed": ({AFTER: timed(sgd_sai=1.0)}, ran_tests(), None),
+    "it was not timed": ({BEFORE: timed(sgd_sai__foreach=2.0)}, ran_tests(), None),
+    "the model could not be built": ({BEFORE: LACKS, AFTER: LACKS}, ran_tests(), None),
+    "nothing timed": (None, ran_tests(), None),
 }
 
 
