@@ -255,6 +255,16 @@ def test_rates_that_are_tensors_or_text():
             MuonSaI(net(), lr=wrong, sai_lr=0.1)
 
 
+def test_arguments_under_their_older_names():
+    def groups(**settings):
+        opt = MuonSaI(net(), lr=0.02, rest="sgd_sai", **settings)
+        return [{key: value for key, value in group.items() if key != "params"} for group in opt.param_groups]
+
+    assert groups(sai_lr=0.3, sai_momentum=0.7) == groups(rest_lr=0.3, rest_momentum=0.7) != groups()
+    with pytest.raises(TypeError, match="got rest_momentum and sai_momentum, which is its older name"):
+        MuonSaI(net(), sai_momentum=0.7, rest_momentum=0.7)
+
+
 @both
 def test_a_group_that_brings_its_lr_has_that_rate(cls):
     groups = [
