@@ -23,6 +23,7 @@ from sgd_sai.internals.backward_passes import (
     running_roots,
 )
 
+from .internals.options import parse_option
 from .internals.single_steps import SingleSteps
 
 
@@ -261,7 +262,8 @@ def _backward(self: "StepInBackward", loss: Tensor) -> Tensor | None:
 class StepInBackward(GradientHooks):
     """Makes `optimizer` step inside `loss.backward()` and drops each gradient. Raises as `check_in_backward` does.
 
-    A backward pass whose gradients are incomplete or scaled raises `RuntimeError` before anything steps."""
+    `ValueError` for a `max_norm` that is no norm. A backward pass whose gradients are incomplete or scaled raises
+    `RuntimeError` before anything steps."""
 
     def __init__(
         self,
@@ -269,7 +271,9 @@ class StepInBackward(GradientHooks):
         max_norm: float | None = None,  # clip at this global norm, as torch.nn.utils.clip_grad_norm_; None: do not
     ):
         check_in_backward(optimizer)
-        self.max_norm, self.factor, self.norms = max_norm, None, None
+        self.max_norm, self.factor, self.norms = parse_option("max_norm", max_norm), None, None
+        if self.max_norm is not None and not self.max_norm >= 0:
+            raise ValueError(f"Invalid max_norm value: {max_norm}")
         self.current_pass, self.stepped, self.passes, self.is_explicit, self.step_hook = None, set(), 0, False, None
         super().__init__(optimizer)
 
