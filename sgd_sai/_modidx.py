@@ -4912,6 +4912,10 @@ d = {
                 "optimizers/step_in_backward.html#_measure_norm",
                 "sgd_sai/step_in_backward.py",
             ),
+            "sgd_sai.step_in_backward._parse_max_norm": (
+                "optimizers/step_in_backward.html#_parse_max_norm",
+                "sgd_sai/step_in_backward.py",
+            ),
             "sgd_sai.step_in_backward._release": (
                 "optimizers/step_in_backward.html#_release",
                 "sgd_sai/step_in_backward.py",

@@ -115,6 +115,14 @@ def check_in_backward(optimizer: torch.optim.Optimizer):
         )
 
 
+def _parse_max_norm(max_norm) -> float | None:
+    "A norm to clip at, also from text. Raises `ValueError` for a negative one, and for what is no number."
+    value = parse_option("max_norm", max_norm)
+    if value is not None and not value >= 0:
+        raise ValueError(f"Invalid max_norm value: {max_norm}")
+    return value
+
+
 def _global_norm(norms: list[Tensor]) -> Tensor:  # 0-d
     "Norm of all gradients from the norm of each. Raises `RuntimeError` unless it is finite."
     if not norms:
@@ -262,8 +270,7 @@ def _backward(self: "StepInBackward", loss: Tensor) -> Tensor | None:
 class StepInBackward(GradientHooks):
     """Makes `optimizer` step inside `loss.backward()` and drops each gradient. Raises as `check_in_backward` does.
 
-    `ValueError` for a `max_norm` that is no norm. A backward pass whose gradients are incomplete or scaled raises
-    `RuntimeError` before anything steps."""
+    `ValueError` for a wrong `max_norm`; `RuntimeError`, before anything steps, for incomplete or scaled gradients."""
 
     def __init__(
         self,
@@ -271,9 +278,7 @@ class StepInBackward(GradientHooks):
         max_norm: float | None = None,  # clip at this global norm, as torch.nn.utils.clip_grad_norm_; None: do not
     ):
         check_in_backward(optimizer)
-        self.max_norm, self.factor, self.norms = parse_option("max_norm", max_norm), None, None
-        if self.max_norm is not None and not self.max_norm >= 0:
-            raise ValueError(f"Invalid max_norm value: {max_norm}")
+        self.max_norm, self.factor, self.norms = _parse_max_norm(max_norm), None, None
         self.current_pass, self.stepped, self.passes, self.is_explicit, self.step_hook = None, set(), 0, False, None
         super().__init__(optimizer)
 
