@@ -270,4 +270,4 @@ class ScaledOptimizer(BaseOptimizer):
 
     load_state_dict, __setstate__ = _load_state_dict, _setstate
     converted, restored_state = _converted, _restored_state
-    state_shapes, missing_entry = _state_shapes, _missing_entry
+    state_shapes, missing_entry, is_own_state = _state_shapes, _missing_entry, staticmethod(is_sgd_sai_state)

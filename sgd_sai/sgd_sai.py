@@ -16,7 +16,7 @@ from .gsnr import gsnr
 from .init_scales import collect_grads, init_scales
 from .internals.base import closure_loss
 from .internals.single_steps import SingleSteps
-from .scaled_optimizer import ScaledOptimizer, check_sgd_sai, is_sgd_sai_group, is_sgd_sai_state
+from .scaled_optimizer import ScaledOptimizer, check_sgd_sai, is_sgd_sai_group
 from .step_groups import step_groups
 
 
@@ -83,8 +83,7 @@ class SGDSaI(SingleSteps, ScaledOptimizer):
         defaults = {key: value for key, value in locals().items() if key not in ("self", "params", "__class__")}
         super().__init__(params, defaults)
 
-    check, is_own_group = staticmethod(check_sgd_sai), staticmethod(is_sgd_sai_group)
-    is_own_state, step_param = staticmethod(is_sgd_sai_state), _step_param
+    check, is_own_group, step_param = staticmethod(check_sgd_sai), staticmethod(is_sgd_sai_group), _step_param
     need_all_gradients = ("normalize", *SingleSteps.need_all_gradients)
 
     @_use_grad_for_differentiable
