@@ -73,7 +73,7 @@ d = {
             "sgd_sai.adan.Adan.step": ("optimizers/adan.html#adan.step", "sgd_sai/adan.py"),
             "sgd_sai.adan._add_path_lengths": ("optimizers/adan.html#_add_path_lengths", "sgd_sai/adan.py"),
             "sgd_sai.adan._check_in_backward": ("optimizers/adan.html#_check_in_backward", "sgd_sai/adan.py"),
-            "sgd_sai.adan._check_same_everywhere": ("optimizers/adan.html#_check_same_everywhere", "sgd_sai/adan.py"),
+            "sgd_sai.adan._check_paths": ("optimizers/adan.html#_check_paths", "sgd_sai/adan.py"),
             "sgd_sai.adan._check_state_dtype": ("optimizers/adan.html#_check_state_dtype", "sgd_sai/adan.py"),
             "sgd_sai.adan._decay_options": ("optimizers/adan.html#_decay_options", "sgd_sai/adan.py"),
             "sgd_sai.adan._hyperparameters": ("optimizers/adan.html#_hyperparameters", "sgd_sai/adan.py"),
@@ -3814,6 +3814,10 @@ d = {
                 "sgd_sai/internals/base.py",
             ),
             "sgd_sai.internals.base.average_dtype": ("internals/base.html#average_dtype", "sgd_sai/internals/base.py"),
+            "sgd_sai.internals.base.check_holds_numbers": (
+                "internals/base.html#check_holds_numbers",
+                "sgd_sai/internals/base.py",
+            ),
             "sgd_sai.internals.base.closure_loss": ("internals/base.html#closure_loss", "sgd_sai/internals/base.py"),
             "sgd_sai.internals.base.debias": ("internals/base.html#debias", "sgd_sai/internals/base.py"),
             "sgd_sai.internals.base.decay_": ("internals/base.html#decay_", "sgd_sai/internals/base.py"),
@@ -3896,6 +3900,10 @@ d = {
                 "internals/loading.html#loadingoptimizer.is_own_group",
                 "sgd_sai/internals/loading.py",
             ),
+            "sgd_sai.internals.loading.LoadingOptimizer.is_own_state": (
+                "internals/loading.html#loadingoptimizer.is_own_state",
+                "sgd_sai/internals/loading.py",
+            ),
             "sgd_sai.internals.loading.LoadingOptimizer.load_state_dict": (
                 "internals/loading.html#loadingoptimizer.load_state_dict",
                 "sgd_sai/internals/loading.py",
@@ -3922,6 +3930,10 @@ d = {
             ),
             "sgd_sai.internals.loading._new_state": (
                 "internals/loading.html#_new_state",
+                "sgd_sai/internals/loading.py",
+            ),
+            "sgd_sai.internals.loading._overlap_error": (
+                "internals/loading.html#_overlap_error",
                 "sgd_sai/internals/loading.py",
             ),
             "sgd_sai.internals.loading._shape_error": (
@@ -4867,6 +4879,10 @@ d = {
                 "optimizers/scaled_optimizer.html#is_sgd_sai_group",
                 "sgd_sai/scaled_optimizer.py",
             ),
+            "sgd_sai.scaled_optimizer.is_sgd_sai_state": (
+                "optimizers/scaled_optimizer.html#is_sgd_sai_state",
+                "sgd_sai/scaled_optimizer.py",
+            ),
         },
         "sgd_sai.sgd_sai": {
             "sgd_sai.sgd_sai.SGDSaI": ("optimizers/sgd_sai.html#sgdsai", "sgd_sai/sgd_sai.py"),
@@ -4990,6 +5006,10 @@ d = {
             ),
             "sgd_sai.step_in_backward._measure_norm": (
                 "optimizers/step_in_backward.html#_measure_norm",
+                "sgd_sai/step_in_backward.py",
+            ),
+            "sgd_sai.step_in_backward._parse_max_norm": (
+                "optimizers/step_in_backward.html#_parse_max_norm",
                 "sgd_sai/step_in_backward.py",
             ),
             "sgd_sai.step_in_backward._release": (

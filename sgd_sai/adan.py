@@ -30,7 +30,7 @@ from sgd_sai.internals.sharding import (
 )
 
 from .adan_kernels import ADAN_STATE, adan_factors, step_adan_rounded, step_adan_tensors
-from .internals.base import AveragingOptimizer, closure_loss, debias, lr_of
+from .internals.base import AveragingOptimizer, check_holds_numbers, closure_loss, debias, lr_of
 from .internals.options import check_betas, check_lr, check_range
 from .internals.single_steps import SingleSteps
 from .kernels import Rounding, rounding_of
@@ -215,10 +215,12 @@ def _hyperparameters(arguments: dict) -> dict:
 
 # %% ../nbs/optimizers/adan.ipynb #d197e0f5
 @torch._disable_dynamo
-def _check_same_everywhere(opt: AveragingOptimizer):
-    "Raise `RuntimeError` in all processes if they would add up the paths of other parameters."
+def _check_paths(opt: AveragingOptimizer):
+    "Raise `RuntimeError` if paths cannot be measured, or if processes would add up the paths of other parameters."
     with_radius = [group for group in opt.param_groups if group["restart_radius"] is not None]
     params = [p for group in with_radius for p in group["params"]]
+    advice = "the length of a path could be measured: leave restart_radius out"
+    check_holds_numbers(opt, [p for p in params if p.grad is not None], advice)
     if any_sharded(params):
         names, notes = (
             [opt.name_of(p) for p in params],
@@ -241,7 +243,7 @@ def _step(opt: AveragingOptimizer, closure: Callable | None):
     with torch.enable_grad():
         loss = closure_loss(closure)  # torch.compile skips functions that never call torch, hence enable_grad here
     with_grad = [params_to_step(opt, group, group["params"]) for group in opt.param_groups]
-    _check_same_everywhere(opt)
+    _check_paths(opt)
     stepped = _take_stepped(opt) if opt._stepped_in_backward else ()
     for group, params in zip(opt.param_groups, with_grad, strict=True):
         forget_last_gradients(opt, [p for p in group["params"] if p.grad is None and p not in stepped])

@@ -77,6 +77,14 @@ def test_some_marks_suffice(cls):
 
 
 @both
+def test_a_mark_that_says_no_does_not_suffice(cls):
+    with pytest.raises(ValueError, match=rf"not all say that they do not, so {cls.__name__} would run without Muon"):
+        cls([{"params": [matrix()]}, {"params": [vector()], "muon": False}])
+    opt = cls([{"params": [matrix()], "use_muon": False}, {"params": [vector()], "muon": False}])
+    assert not any(group["muon"] for group in opt.param_groups)
+
+
+@both
 @pytest.mark.parametrize(
     "key", ["Muon", "MOUN", "moun", "use_Muon", "usemuon", "use-muon", "use_moun", "trained_by_muon"]
 )

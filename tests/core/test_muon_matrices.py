@@ -164,11 +164,17 @@ def test_zeros_stay_zero_beside_others():
     [((0, 5), False), ((5, 0), False), ((0, 3, 3), False), ((0, 4, 3), True), ((2, 0, 3), True), ((2, 3, 0), True)],
     ids=str,
 )
-def test_an_empty_matrix_takes_no_part(shape, stacked):
-    empty, other = nn.Parameter(torch.empty(shape)), nn.Parameter(torch.ones(2, 3, 3) if stacked else torch.ones(3, 3))
-    opt = MuonSaI([{"params": [empty, other], "muon": True, "stacked": stacked}], lr=0.1, weight_decay=0.5)
+@pytest.mark.parametrize(
+    "dtype, settings",
+    [(torch.float32, {}), (torch.float32, dict(state_dtype=torch.int8)), (torch.bfloat16, dict(rounding="kahan"))],
+    ids=str,
+)
+def test_an_empty_matrix_takes_no_part(shape, stacked, dtype, settings):
+    empty = nn.Parameter(torch.empty(shape, dtype=dtype))
+    other = nn.Parameter(torch.ones((2, 3, 3) if stacked else (3, 3), dtype=dtype))
+    opt = MuonSaI([{"params": [empty, other], "muon": True, "stacked": stacked}], lr=0.1, weight_decay=0.5, **settings)
     for _ in range(2):
-        empty.grad, other.grad = torch.empty(shape), torch.randn_like(other)
+        empty.grad, other.grad = torch.empty_like(empty), torch.randn_like(other)
         opt.step()
     assert empty.shape == shape and opt.state[empty]["momentum_buffer"].shape == shape
     assert (other != 1).all()
