@@ -362,6 +362,10 @@ d = {
                 "analysis/gpu_tables.html#_model_targets",
                 "sgd_sai/analysis/gpu_tables.py",
             ),
+            "sgd_sai.analysis.gpu_tables._newton_schulz_numbers": (
+                "analysis/gpu_tables.html#_newton_schulz_numbers",
+                "sgd_sai/analysis/gpu_tables.py",
+            ),
             "sgd_sai.analysis.gpu_tables._over_floor": (
                 "analysis/gpu_tables.html#_over_floor",
                 "sgd_sai/analysis/gpu_tables.py",
@@ -371,8 +375,16 @@ d = {
                 "sgd_sai/analysis/gpu_tables.py",
             ),
             "sgd_sai.analysis.gpu_tables._ratio": ("analysis/gpu_tables.html#_ratio", "sgd_sai/analysis/gpu_tables.py"),
+            "sgd_sai.analysis.gpu_tables._same_text": (
+                "analysis/gpu_tables.html#_same_text",
+                "sgd_sai/analysis/gpu_tables.py",
+            ),
             "sgd_sai.analysis.gpu_tables._temporary": (
                 "analysis/gpu_tables.html#_temporary",
+                "sgd_sai/analysis/gpu_tables.py",
+            ),
+            "sgd_sai.analysis.gpu_tables._units_of_steps": (
+                "analysis/gpu_tables.html#_units_of_steps",
                 "sgd_sai/analysis/gpu_tables.py",
             ),
             "sgd_sai.analysis.gpu_tables._units_that": (
@@ -394,6 +406,10 @@ d = {
             ),
             "sgd_sai.analysis.gpu_tables.gpu_memory_table": (
                 "analysis/gpu_tables.html#gpu_memory_table",
+                "sgd_sai/analysis/gpu_tables.py",
+            ),
+            "sgd_sai.analysis.gpu_tables.gpu_newton_schulz_table": (
+                "analysis/gpu_tables.html#gpu_newton_schulz_table",
                 "sgd_sai/analysis/gpu_tables.py",
             ),
             "sgd_sai.analysis.gpu_tables.gpu_part_table": (
@@ -877,6 +893,24 @@ d = {
                 "sgd_sai/analysis/transfer.py",
             ),
         },
+        "sgd_sai.analysis.triton_verdict": {
+            "sgd_sai.analysis.triton_verdict._triton_is_faster": (
+                "analysis/triton_verdict.html#_triton_is_faster",
+                "sgd_sai/analysis/triton_verdict.py",
+            ),
+            "sgd_sai.analysis.triton_verdict._triton_is_right": (
+                "analysis/triton_verdict.html#_triton_is_right",
+                "sgd_sai/analysis/triton_verdict.py",
+            ),
+            "sgd_sai.analysis.triton_verdict.triton_should_be_default": (
+                "analysis/triton_verdict.html#triton_should_be_default",
+                "sgd_sai/analysis/triton_verdict.py",
+            ),
+            "sgd_sai.analysis.triton_verdict.triton_wins": (
+                "analysis/triton_verdict.html#triton_wins",
+                "sgd_sai/analysis/triton_verdict.py",
+            ),
+        },
         "sgd_sai.analysis.verdicts": {
             "sgd_sai.analysis.verdicts.Claim": ("analysis/verdicts.html#claim", "sgd_sai/analysis/verdicts.py"),
             "sgd_sai.analysis.verdicts.at_least_even": (
@@ -935,12 +969,20 @@ d = {
                 "benchmarks/captured_steps.html#_new_gradients",
                 "sgd_sai/benchmarks/captured_steps.py",
             ),
+            "sgd_sai.benchmarks.captured_steps._times": (
+                "benchmarks/captured_steps.html#_times",
+                "sgd_sai/benchmarks/captured_steps.py",
+            ),
             "sgd_sai.benchmarks.captured_steps.build_form": (
                 "benchmarks/captured_steps.html#build_form",
                 "sgd_sai/benchmarks/captured_steps.py",
             ),
             "sgd_sai.benchmarks.captured_steps.captured_step": (
                 "benchmarks/captured_steps.html#captured_step",
+                "sgd_sai/benchmarks/captured_steps.py",
+            ),
+            "sgd_sai.benchmarks.captured_steps.compare_newton_schulz": (
+                "benchmarks/captured_steps.html#compare_newton_schulz",
                 "sgd_sai/benchmarks/captured_steps.py",
             ),
             "sgd_sai.benchmarks.captured_steps.compare_steps": (
@@ -1061,6 +1103,10 @@ d = {
             ),
             "sgd_sai.benchmarks.device_parts.memory_units": (
                 "benchmarks/device_parts.html#memory_units",
+                "sgd_sai/benchmarks/device_parts.py",
+            ),
+            "sgd_sai.benchmarks.device_parts.newton_schulz_units": (
+                "benchmarks/device_parts.html#newton_schulz_units",
                 "sgd_sai/benchmarks/device_parts.py",
             ),
             "sgd_sai.benchmarks.device_parts.step_units": (
