@@ -54,6 +54,7 @@ def relative_error(
     return RelativeError(task.name, name, **shares, seeds=gap.n, verdict=verdict(gap, task.unit))
 
 
+# %% ../../nbs/analysis/relative_errors.ipynb #f61e6301
 def relative_errors(
     experiments: dict[str, list[Experiment]],  # optimizer -> where to look for its runs
     rival: str,  # registry name
