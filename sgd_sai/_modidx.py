@@ -778,6 +778,32 @@ d = {
                 "sgd_sai/analysis/rate_figures.py",
             ),
         },
+        "sgd_sai.analysis.relative_errors": {
+            "sgd_sai.analysis.relative_errors.RelativeError": (
+                "analysis/relative_errors.html#relativeerror",
+                "sgd_sai/analysis/relative_errors.py",
+            ),
+            "sgd_sai.analysis.relative_errors.error_of": (
+                "analysis/relative_errors.html#error_of",
+                "sgd_sai/analysis/relative_errors.py",
+            ),
+            "sgd_sai.analysis.relative_errors.plot_relative_errors": (
+                "analysis/relative_errors.html#plot_relative_errors",
+                "sgd_sai/analysis/relative_errors.py",
+            ),
+            "sgd_sai.analysis.relative_errors.relative_error": (
+                "analysis/relative_errors.html#relative_error",
+                "sgd_sai/analysis/relative_errors.py",
+            ),
+            "sgd_sai.analysis.relative_errors.relative_errors": (
+                "analysis/relative_errors.html#relative_errors",
+                "sgd_sai/analysis/relative_errors.py",
+            ),
+            "sgd_sai.analysis.relative_errors.verdict_counts": (
+                "analysis/relative_errors.html#verdict_counts",
+                "sgd_sai/analysis/relative_errors.py",
+            ),
+        },
         "sgd_sai.analysis.report_runner": {
             "sgd_sai.analysis.report_runner._drop_counts": (
                 "analysis/report_runner.html#_drop_counts",
