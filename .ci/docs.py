@@ -16,6 +16,7 @@ import sys
 from pathlib import Path, PurePosixPath
 
 import yaml
+from lighter_site import lighten
 
 ROOT = Path(__file__).resolve().parents[1]
 REDIRECT = """<!doctype html>
@@ -139,6 +140,7 @@ def render(builder, proc):
     if builder == "smalldocs":
         with_mathml(proc / "_docs")
     write_redirects(proc / "_docs")
+    lighten(proc / "_docs")
 
 
 def main():
