@@ -73,8 +73,10 @@ def without_script(data):
 
 
 def write_settings(proc, builder):
-    """The settings of the site, with values of settings.ini in them. smalldocs does not know two of them: `with_mathml`
-    writes formulas afterwards as Quarto does, and the reader's preference for a dark page it follows without being told."""
+    """The settings of the site, with values of settings.ini in them.
+
+    smalldocs does not know two of them. Formulas become what Quarto makes of them in `with_mathml`, and the reader's
+    preference for a dark page it follows without being told."""
     from nbdev.config import get_config
 
     settings, own = (ROOT / "_quarto.yml").read_text(encoding="utf-8"), proc / "_quarto.yml"

@@ -1,7 +1,7 @@
-"""Make a built site light: what no page uses is taken out of its style sheets and out of its font of icons, pictures have
-as many colours as they need, the search index leaves out what few look for, and nothing is asked of another host.
+"""Make a built site light, whichever builder has written it.
 
-It works on what the builder has written, whichever it was."""
+What no page uses is taken out of style sheets and of the font of icons, pictures have as many colours as they need, the
+search index leaves out what few look for, and nothing is asked of another host."""
 
 import json
 import logging
