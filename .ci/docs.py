@@ -16,6 +16,7 @@ import sys
 from pathlib import Path, PurePosixPath
 
 import yaml
+from folded_tables import fold_outputs
 from lighter_site import lighten
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -60,6 +61,7 @@ def finish_cell(cell, config, builder):
     cell["source"] = text
     for output in cell.get("outputs", []):
         without_script(output.get("data", {}))
+    fold_outputs(cell)
 
 
 def without_script(data):

@@ -174,7 +174,9 @@ def test_owner_stands_in_settings_alone(settings, files):
     assert owner not in settings["repo"]  # or every mention of the project would count
     made_from_settings = {"settings.ini", "README.md", "sgd_sai/_modidx.py"}
     named = {p.relative_to(ROOT).as_posix() for p in files if owner.encode() in p.read_bytes()}
-    tutorials = {name for name in named if name.startswith("nbs/tutorials/")}  # links to Colab are written by .ci/colab.py
+    tutorials = {
+        name for name in named if name.startswith("nbs/tutorials/")
+    }  # .ci/colab.py writes their links to Colab
     assert "settings.ini" in named and named - tutorials <= made_from_settings
 
 
