@@ -49,10 +49,16 @@ def used_words(site):
     return words
 
 
+def is_used(name, words):
+    "True if a class or an identifier is among the words, or its beginning, to which a script may add the rest."
+    beginnings = [name[: place + 1] for place, sign in enumerate(name) if sign == "-" and place]
+    return name in words or any(beginning in words for beginning in beginnings)
+
+
 def may_match(selector, words):
     "False if a selector asks for a class or an identifier that is nowhere."
     asked = re.sub(r"\[[^\]]*\]|:(?:not|is|where|has)\([^)]*\)", "", selector)
-    return all(name.replace("\\", "") in words for name in re.findall(r"[.#]((?:[\w-]|\\.)+)", asked))
+    return all(is_used(name.replace("\\", ""), words) for name in re.findall(r"[.#]((?:[\w-]|\\.)+)", asked))
 
 
 def used_rules(sheet, words):
