@@ -16,6 +16,8 @@ import sys
 from pathlib import Path, PurePosixPath
 
 import yaml
+from folded_tables import fold_outputs
+from lighter_site import lighten
 
 ROOT = Path(__file__).resolve().parents[1]
 REDIRECT = """<!doctype html>
@@ -42,20 +44,24 @@ def process(builder):
             finish_cell(cell, config, builder)
         page.write_text(json.dumps(notebook), encoding="utf-8")
     shutil.copy(ROOT / "CHANGELOG.md", proc / "changelog.md")
-    if builder == "smalldocs":
-        without_math_method(proc)
+    write_settings(proc, builder)
     return proc
 
 
+def with_values(text, config):
+    "A text in which `{{< var NAME >}}` has become the value of NAME in settings.ini."
+    return re.sub(r"\{\{<\s*var\s+(\w+)\s*>\}\}", lambda match: str(config[match[1]]), text)
+
+
 def finish_cell(cell, config, builder):
-    "What nbdev leaves to do in a cell: `{{< var NAME >}}` is the value of NAME in settings.ini; tables need no script."
-    text = "".join(cell["source"])
-    text = re.sub(r"\{\{<\s*var\s+(\w+)\s*>\}\}", lambda match: str(config[match[1]]), text)
+    "What nbdev leaves to do in a cell: values of settings.ini are put in; tables need no script."
+    text = with_values("".join(cell["source"]), config)
     if cell["cell_type"] == "raw" and builder == "smalldocs":
         text = re.sub(r"^output-file:.*\n", "", text, flags=re.MULTILINE)  # it has no such option, and needs none
     cell["source"] = text
     for output in cell.get("outputs", []):
         without_script(output.get("data", {}))
+    fold_outputs(cell)
 
 
 def without_script(data):
@@ -68,12 +74,17 @@ def without_script(data):
     data.setdefault("text/markdown", f"```{{=html}}\n{table}\n```\n")
 
 
-def without_math_method(proc):
-    "smalldocs does not know how Quarto is told to write formulas; `with_mathml` does the same afterwards."
-    own = proc / "_quarto.yml"
-    settings = (ROOT / "_quarto.yml").read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in settings if "html-math-method" not in line]
-    (proc / "site.yml").write_text("".join(kept), encoding="utf-8")
+def write_settings(proc, builder):
+    """The settings of the site, with values of settings.ini in them.
+
+    smalldocs does not know two of them. Formulas become what Quarto makes of them in `with_mathml`, and the reader's
+    preference for a dark page it follows without being told."""
+    from nbdev.config import get_config
+
+    settings, own = (ROOT / "_quarto.yml").read_text(encoding="utf-8"), proc / "_quarto.yml"
+    if builder == "smalldocs":
+        settings = re.sub(r"^ *(html-math-method|respect-user-color-scheme):.*\n", "", settings, flags=re.MULTILINE)
+    (proc / "site.yml").write_text(with_values(settings, get_config()), encoding="utf-8")
     own.write_text(own.read_text(encoding="utf-8").replace("../_quarto.yml", "site.yml"), encoding="utf-8")
 
 
@@ -133,6 +144,7 @@ def render(builder, proc):
     if builder == "smalldocs":
         with_mathml(proc / "_docs")
     write_redirects(proc / "_docs")
+    lighten(proc / "_docs")
 
 
 def main():

@@ -684,6 +684,10 @@ d = {
                 "sgd_sai/analysis/rankings.py",
             ),
             "sgd_sai.analysis.rankings.finals": ("analysis/rankings.html#finals", "sgd_sai/analysis/rankings.py"),
+            "sgd_sai.analysis.rankings.in_figure_unit": (
+                "analysis/rankings.html#in_figure_unit",
+                "sgd_sai/analysis/rankings.py",
+            ),
             "sgd_sai.analysis.rankings.is_frugal": ("analysis/rankings.html#is_frugal", "sgd_sai/analysis/rankings.py"),
             "sgd_sai.analysis.rankings.load_experiment": (
                 "analysis/rankings.html#load_experiment",

@@ -204,7 +204,7 @@ def gpu_part_table(
     "What was run where, when, from which code, and what came of it."
     import pandas as pd
 
-    rows, unknown = [], dict.fromkeys(("date", "code", "torch", "notes"), "")
+    rows, unknown = [], dict.fromkeys(("notes", "date", "code", "torch"), "")
     for card, parts in (cards or {"any card": {}}).items():
         for part in GPU_PARTS:
             row, record = {"card": card, "part": part}, parts.get(part)
@@ -213,7 +213,7 @@ def gpu_part_table(
                 continue
             where = record["environment"]
             code = {"date": where["date"][:10], "code": where["commit"] or where["code"], "torch": where["torch"]}
-            rows.append(row | {"status": record["status"], **code, "notes": _part_notes(record)})
+            rows.append(row | {"status": record["status"], "notes": _part_notes(record), **code})
     return pd.DataFrame(rows)
 
 

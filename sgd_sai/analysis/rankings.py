@@ -11,6 +11,7 @@ __all__ = [
     "at_edge",
     "trained_parameters",
     "ranking",
+    "in_figure_unit",
     "Experiment",
     "tuning_sweeps",
     "load_experiment",
@@ -99,18 +100,18 @@ def _ranking_row(task: Task, mine: list[dict], tuned: list[dict], cost: dict | N
     final = spread(finals(task, mine, name).values())
     row = {
         "optimizer": optimizer_label(name),
+        "mean": final.mean,
+        "std": final.std,
         "lr": lr,
+        "state B/param": mine[0]["state_bytes"] / trained_parameters(mine[0]),
         "edge": at_edge(tuned, name, lr),
         "cells": len({json.dumps(run["hyperparameters"], sort_keys=True) for run in tuned if run["optimizer"] == name}),
         "seeds": len(mine),
         "diverged": len(mine) - final.n,
-        "mean": final.mean,
-        "std": final.std,
-        "state B/param": mine[0]["state_bytes"] / trained_parameters(mine[0]),
     }
     if cost:
         ms = cost["ms"]["median"]
-        row |= {"step ms": ms, "x SGDM": cost["ratio"]["median"], "run s": ms * mine[0]["steps"] / 1e3}
+        row |= {"x SGDM": cost["ratio"]["median"], "step ms": ms, "run s": ms * mine[0]["steps"] / 1e3}
     return row
 
 
@@ -129,11 +130,22 @@ def ranking(
     for name in dict.fromkeys(run["optimizer"] for run in runs):
         mine = [run for run in runs if run["optimizer"] == name]
         rows.append(_ranking_row(task, mine, tuned, measured.get(name)))
-    return (
-        pd.DataFrame(rows)
-        .sort_values("mean", ascending=not task.higher_is_better, kind="stable")
-        .set_index("optimizer")
-    )
+    frame = pd.DataFrame(rows).sort_values("mean", ascending=not task.higher_is_better, kind="stable")
+    if "x SGDM" in frame:
+        frame.insert(frame.columns.get_loc("edge"), "x SGDM", frame.pop("x SGDM"))
+    return frame.set_index("optimizer")
+
+
+# %% ../../nbs/analysis/rankings.ipynb #fab94afa
+def in_figure_unit(
+    frame,  # DataFrame, from ranking for instance
+    task: Task,
+    columns: list[str],  # those that hold the task's metric
+):  # DataFrame; the names of these columns say the unit
+    "A frame whose metric is in the unit of the task's figures, rounded as it is printed there."
+    unit = "%" if task.higher_is_better else task.unit.name
+    values = {name: (task.unit.scale * frame[name]).round(task.unit.digits) for name in columns}
+    return frame.assign(**values).rename(columns={name: f"{name} ({unit})" for name in columns})
 
 
 # %% ../../nbs/analysis/rankings.ipynb #24fa4b41

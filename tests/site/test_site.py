@@ -156,17 +156,6 @@ def test_signatures_show_no_addresses(pages):
     ] == []
 
 
-def test_landing_page_is_light(site, pages):
-    "What has to come before the first page can be seen: the page, its pictures, style sheets and scripts."
-    landing = site / "index.html"
-    parts = {landing} | {
-        (site / link).resolve()
-        for link in pages[landing].links
-        if re.search(r"\.(css|js|png|svg|jpg)$", link) and not urlsplit(link).scheme
-    }
-    assert sum(path.stat().st_size for path in parts) < 1.5e6
-
-
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("kind", PAGES)
