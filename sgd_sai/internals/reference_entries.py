@@ -52,6 +52,7 @@ class _Plain(ast.NodeTransformer):
         return self.generic_visit(node)
 
 
+# %% ../../nbs/internals/reference_entries.ipynb #e00a5cdc
 def _type_node(value) -> ast.expr:
     "A type that is known as a value, as it is written, without the modules that it comes from."
     text = value.__name__ if isinstance(value, type) and not hasattr(value, "__args__") else str(value)
@@ -92,6 +93,7 @@ def _comments(source: str) -> dict[int, str]:
     return {t.start[0]: t.string.lstrip("# ") for t in tokens if t.type == tokenize.COMMENT}
 
 
+# %% ../../nbs/internals/reference_entries.ipynb #054015b2
 def _help(function, name: str) -> str:
     "What an option of the command line says of itself; empty for other parameters."
     annotation = inspect.unwrap(function).__annotations__.get(name)
@@ -132,6 +134,7 @@ def _of_function(function) -> tuple[list[Parameter], str, str]:
     return found, annotation_text(node.returns, names), comments.get(closing, "")
 
 
+# %% ../../nbs/internals/reference_entries.ipynb #fc02f351
 def _fields(cls: type) -> list[Parameter]:
     "The fields of a named tuple or a data class."
     source = _source(cls)
@@ -202,6 +205,7 @@ def parameter_table(thing) -> str:  # empty where no parameter says what it is
     return f'<table class="parameters">\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>'
 
 
+# %% ../../nbs/internals/reference_entries.ipynb #fcc89339
 class ReferenceEntry:
     "What a page of the reference says of a class or function: prints as text, shows as Markdown."
 
