@@ -202,7 +202,8 @@ def parameter_table(thing) -> str:  # empty where no parameter says what it is
     cells += [["returns", _code_cell(result), "", _cell(what)]] if what else []
     head = "".join(f"<th>{title}</th>" for title in ("name", "type", "default", "meaning"))
     body = "\n".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in cells)
-    return f'<table class="parameters">\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>'
+    start = '<table class="parameters table" data-quarto-disable-processing="true">'  # Quarto leaves it as it is
+    return f"{start}\n<thead><tr>{head}</tr></thead>\n<tbody>\n{body}\n</tbody>\n</table>"
 
 
 # %% ../../nbs/internals/reference_entries.ipynb #fcc89339

@@ -5,8 +5,8 @@ import ast
 import html
 import importlib
 import inspect
+import json
 import re
-import sys
 from types import SimpleNamespace
 from typing import Annotated, Optional, Union
 
@@ -24,7 +24,6 @@ MAIN_NAMES = CLASSES | {
     "muon_groups": "muon_groups",
     "step_in_backward": "StepInBackward",
 }
-needs_site = pytest.mark.skipif(sys.version_info < (3, 11), reason="smalldocs needs Python 3.11")
 
 
 @pytest.fixture(scope="module")
@@ -157,8 +156,6 @@ def outline(name):
 
 def all_cells(path):
     "Kind and source of every cell of a notebook."
-    import json
-
     for cell in json.loads(path.read_text(encoding="utf-8"))["cells"]:
         yield cell["cell_type"], "".join(cell["source"])
 
@@ -174,8 +171,9 @@ def test_internals_come_after_everything_but_the_check_of_devices(name):
     assert outline(name)[-2] == "Internals"
 
 
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph=True")
 @pytest.mark.parametrize("name", MAIN_NAMES)
-def test_example_at_the_top_can_be_copied(name, tmp_path):
+def test_example_at_the_top_can_be_copied(name):
     "It imports all that it uses, runs alone, and makes what the page is about."
     sources = []
     for kind, source in all_cells(NBS / "optimizers" / f"{name}.ipynb"):
