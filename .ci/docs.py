@@ -15,6 +15,7 @@ import subprocess
 import sys
 from pathlib import Path, PurePosixPath
 
+import api_pages
 import yaml
 from folded_tables import fold_outputs
 from lighter_site import lighten
@@ -40,6 +41,7 @@ def process(builder):
     proc, config = proc_nbs(force=True, n_workers=0), get_config()  # in this process: libraries are imported once
     for page in proc.rglob("*.ipynb"):
         notebook = json.loads(page.read_text(encoding="utf-8"))
+        api_pages.finish_page(notebook, ROOT / "nbs" / page.relative_to(proc))
         for cell in notebook["cells"]:
             finish_cell(cell, config, builder)
         page.write_text(json.dumps(notebook), encoding="utf-8")

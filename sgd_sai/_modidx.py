@@ -4054,6 +4054,108 @@ d = {
                 "sgd_sai/internals/options.py",
             ),
         },
+        "sgd_sai.internals.reference_entries": {
+            "sgd_sai.internals.reference_entries.Parameter": (
+                "internals/reference_entries.html#parameter",
+                "sgd_sai/internals/reference_entries.py",
+            ),
+            "sgd_sai.internals.reference_entries.Parameter.__str__": (
+                "internals/reference_entries.html#parameter.__str__",
+                "sgd_sai/internals/reference_entries.py",
+            ),
+            "sgd_sai.internals.reference_entries.ReferenceEntry": (
+                "internals/reference_entries.html#referenceentry",
+                "sgd_sai/internals/reference_entries.py",
+            ),
+            "sgd_sai.internals.reference_entries.ReferenceEntry.__init__": (
+                "internals/reference_entries.html#referenceentry.__init__",
+                "sgd_sai/internals/reference_entries.py",
+            ),
+            "sgd_sai.internals.reference_entries.ReferenceEntry.__repr__": (
+                "internals/reference_entries.html#referenceentry.__repr__",
+                "sgd_sai/internals/reference_entries.py",
+            ),
+            "sgd_sai.internals.reference_entries.ReferenceEntry._repr_markdown_": (
+                "internals/reference_entries.html#referenceentry._repr_markdown_",
+                "sgd_sai/internals/reference_entries.py",
+            ),
+            "sgd_sai.internals.reference_entries._Plain": (
+                "internals/reference_entries.html#_plain",
+                "sgd_sai/internals/reference_entries.py",
+            ),
+            "sgd_sai.internals.reference_entries._Plain.__init__": (
+                "internals/reference_entries.html#_plain.__init__",
+                "sgd_sai/internals/reference_entries.py",
+            ),
+            "sgd_sai.internals.reference_entries._Plain.visit_Constant": (
+                "internals/reference_entries.html#_plain.visit_constant",
+                "sgd_sai/internals/reference_entries.py",
+            ),
+            "sgd_sai.internals.reference_entries._Plain.visit_Name": (
+                "internals/reference_entries.html#_plain.visit_name",
+                "sgd_sai/internals/reference_entries.py",
+            ),
+            "sgd_sai.internals.reference_entries._Plain.visit_Subscript": (
+                "internals/reference_entries.html#_plain.visit_subscript",
+                "sgd_sai/internals/reference_entries.py",
+            ),
+            "sgd_sai.internals.reference_entries._all_arguments": (
+                "internals/reference_entries.html#_all_arguments",
+                "sgd_sai/internals/reference_entries.py",
+            ),
+            "sgd_sai.internals.reference_entries._cell": (
+                "internals/reference_entries.html#_cell",
+                "sgd_sai/internals/reference_entries.py",
+            ),
+            "sgd_sai.internals.reference_entries._code_cell": (
+                "internals/reference_entries.html#_code_cell",
+                "sgd_sai/internals/reference_entries.py",
+            ),
+            "sgd_sai.internals.reference_entries._comments": (
+                "internals/reference_entries.html#_comments",
+                "sgd_sai/internals/reference_entries.py",
+            ),
+            "sgd_sai.internals.reference_entries._fields": (
+                "internals/reference_entries.html#_fields",
+                "sgd_sai/internals/reference_entries.py",
+            ),
+            "sgd_sai.internals.reference_entries._help": (
+                "internals/reference_entries.html#_help",
+                "sgd_sai/internals/reference_entries.py",
+            ),
+            "sgd_sai.internals.reference_entries._of_function": (
+                "internals/reference_entries.html#_of_function",
+                "sgd_sai/internals/reference_entries.py",
+            ),
+            "sgd_sai.internals.reference_entries._source": (
+                "internals/reference_entries.html#_source",
+                "sgd_sai/internals/reference_entries.py",
+            ),
+            "sgd_sai.internals.reference_entries._type_node": (
+                "internals/reference_entries.html#_type_node",
+                "sgd_sai/internals/reference_entries.py",
+            ),
+            "sgd_sai.internals.reference_entries.annotation_text": (
+                "internals/reference_entries.html#annotation_text",
+                "sgd_sai/internals/reference_entries.py",
+            ),
+            "sgd_sai.internals.reference_entries.parameter_table": (
+                "internals/reference_entries.html#parameter_table",
+                "sgd_sai/internals/reference_entries.py",
+            ),
+            "sgd_sai.internals.reference_entries.parameters_of": (
+                "internals/reference_entries.html#parameters_of",
+                "sgd_sai/internals/reference_entries.py",
+            ),
+            "sgd_sai.internals.reference_entries.show_doc": (
+                "internals/reference_entries.html#show_doc",
+                "sgd_sai/internals/reference_entries.py",
+            ),
+            "sgd_sai.internals.reference_entries.signature_text": (
+                "internals/reference_entries.html#signature_text",
+                "sgd_sai/internals/reference_entries.py",
+            ),
+        },
         "sgd_sai.internals.rounding": {
             "sgd_sai.internals.rounding._cut": ("internals/rounding.html#_cut", "sgd_sai/internals/rounding.py"),
             "sgd_sai.internals.rounding._flat": ("internals/rounding.html#_flat", "sgd_sai/internals/rounding.py"),
