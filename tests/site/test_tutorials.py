@@ -11,7 +11,7 @@ from saved_outputs import as_text, texts_agree
 COLUMNS = 79
 HIDDEN = re.compile(r"^#\|\s*(hide\b|echo:\s*false|include:\s*false)", re.MULTILINE)
 FOLDED = re.compile(r"^#\|\s*code-fold:\s*true", re.MULTILINE)
-SUMMARY = re.compile(r'^#\|\s*code-summary:\s*"\S', re.MULTILINE)
+SUMMARY = re.compile(r'^#\|\s*code-summary:\s*"[^"\s]', re.MULTILINE)
 DRAWING = re.compile(r"\b(matplotlib|seaborn|plt|sns|figure_style|optimizer_style)\b")
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.DOTALL | re.MULTILINE)
 ANSWER = re.compile(r'<details class="answer">\n<summary>Answer</summary>\n\n(.*?)\n</details>', re.DOTALL)
