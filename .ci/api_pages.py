@@ -2,8 +2,8 @@
 source, and folded away what is nothing but source.
 
 Nothing is moved: a notebook has the order of its page, so that Jupyter and the site show the same. Its example imports
-the package, and it calls show_doc itself, both before the code; the code keeps its own order, at the end. Such an example
-would not notice that the package is older than the notebook, which is why a test compares them (test_api_pages.py)."""
+the package, and it calls show_doc itself, both before the code. The code keeps its own order, at the end. Such an
+example would not notice that the package is older than its notebook, so a test compares the two (test_api_pages.py)."""
 
 import ast
 import json
