@@ -1,5 +1,9 @@
 """Pages of the reference as people read them: entries in our form (see internals/reference_entries) with a link to the
-source, and folded away what is nothing but source."""
+source, and folded away what is nothing but source.
+
+Nothing is moved: a notebook has the order of its page, so that Jupyter and the site show the same. Its example imports
+the package, and it calls show_doc itself, both before the code. The code keeps its own order, at the end. Such an
+example would not notice that the package is older than its notebook, so a test compares the two (test_api_pages.py)."""
 
 import ast
 import json
@@ -52,7 +56,7 @@ def entry_output(module, name, level):
 
     thing = getattr(import_module(module), name)
     heading, _, rest = ReferenceEntry(thing, level)._repr_markdown_().partition("\n\n")
-    address = lookup().code(f"{module}.{name}")
+    address = lookup().code(name)
     link = f"[source]({address}){{.entry-source}}\n\n" if address else ""
     text, table, end = lookup().linkify(rest).partition("<table")
     html = f"```{{=html}}\n{table}{end}\n```\n" if table else ""

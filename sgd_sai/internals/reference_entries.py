@@ -164,7 +164,7 @@ def parameters_of(thing) -> tuple[list[Parameter], str, str]:
 
 
 # %% ../../nbs/internals/reference_entries.ipynb #506c2878
-WIDTH = 80  # of a line of a signature
+WIDTH = 72  # characters of a line, as many as a page of the site shows
 
 
 def signature_text(thing) -> str:  # without the colon at its end

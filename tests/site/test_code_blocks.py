@@ -8,6 +8,7 @@ import re
 import sys
 
 import pytest
+from pages import ROOT
 
 import sgd_sai
 
@@ -114,6 +115,14 @@ def signatures(path):
     text = path.read_text(encoding="utf-8")
     for block in re.findall(r'class="entry-source".*?<code class="sourceCode python">(.*?)</code>', text, re.DOTALL):
         yield html.unescape(re.sub("<[^>]+>", "", block))
+
+
+def test_entries_lead_to_their_line(site):
+    text = (site / "optimizers" / "sgd_sai.html").read_text(encoding="utf-8")
+    links = re.findall(r'<a[^>]*class="[^"]*entry-source[^>]*>', text)
+    lines = (ROOT / "sgd_sai" / "sgd_sai.py").read_text(encoding="utf-8").splitlines()
+    first = next(i for i, line in enumerate(lines, start=1) if line.startswith("class SGDSaI("))
+    assert len(links) == 3 and f'/sgd_sai/sgd_sai.py#L{first}"' in links[0]
 
 
 def test_signatures_of_all_pages_are_python(site):
