@@ -168,7 +168,7 @@ def test_in_a_browser(open_page, kind, width, scheme):
     own = [image for image in page.query_selector_all("main img") if not image.get_attribute("src").startswith("http")]
     assert own or kind == "reference"
     assert all(image.evaluate("i => i.complete && i.naturalWidth > 0") for image in own)
-    assert page.query_selector_all("math") or kind == "report"
+    assert page.query_selector_all("math") or kind in ("landing", "report")
     overflow = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
     assert overflow <= 1, f"the page is {overflow} pixels wider than the window"
     color = page.evaluate("getComputedStyle(document.body).backgroundColor")
