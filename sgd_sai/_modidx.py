@@ -3454,6 +3454,44 @@ d = {
                 "sgd_sai/experiments/train.py",
             ),
         },
+        "sgd_sai.explore.live_figure": {
+            "sgd_sai.explore.live_figure.LiveFigure": (
+                "explore/live_figure.html#livefigure",
+                "sgd_sai/explore/live_figure.py",
+            ),
+            "sgd_sai.explore.live_figure.LiveFigure.__init__": (
+                "explore/live_figure.html#livefigure.__init__",
+                "sgd_sai/explore/live_figure.py",
+            ),
+            "sgd_sai.explore.live_figure.LiveFigure.__repr__": (
+                "explore/live_figure.html#livefigure.__repr__",
+                "sgd_sai/explore/live_figure.py",
+            ),
+            "sgd_sai.explore.live_figure.LiveFigure._repr_mimebundle_": (
+                "explore/live_figure.html#livefigure._repr_mimebundle_",
+                "sgd_sai/explore/live_figure.py",
+            ),
+            "sgd_sai.explore.live_figure.LiveFigure.png": (
+                "explore/live_figure.html#livefigure.png",
+                "sgd_sai/explore/live_figure.py",
+            ),
+            "sgd_sai.explore.live_figure._with_numbered_tables": (
+                "explore/live_figure.html#_with_numbered_tables",
+                "sgd_sai/explore/live_figure.py",
+            ),
+            "sgd_sai.explore.live_figure._with_style": (
+                "explore/live_figure.html#_with_style",
+                "sgd_sai/explore/live_figure.py",
+            ),
+            "sgd_sai.explore.live_figure.four_digits": (
+                "explore/live_figure.html#four_digits",
+                "sgd_sai/explore/live_figure.py",
+            ),
+            "sgd_sai.explore.live_figure.vega_lite_version": (
+                "explore/live_figure.html#vega_lite_version",
+                "sgd_sai/explore/live_figure.py",
+            ),
+        },
         "sgd_sai.gradient_graphs": {
             "sgd_sai.gradient_graphs.GradientNotes": (
                 "optimizers/gradient_graphs.html#gradientnotes",

@@ -1,0 +1,61 @@
+// Each live figure of a page: its picture gives way to its chart, which answers to sliders, menus and the pointer.
+// The chart is as wide as its column; on a phone, views that stand side by side are put below each other.
+(() => {
+  const NARROW = 560;
+
+  function stack(spec) {
+    if (spec.hconcat) {
+      spec.vconcat = spec.hconcat;
+      delete spec.hconcat;
+      const widest = Math.max(...spec.vconcat.map((view) => view.width ?? 0));
+      spec.vconcat.forEach((view) => { if (typeof view.width === "number") view.width = widest; });
+    }
+    (spec.vconcat ?? spec.concat ?? []).forEach(stack);
+    if (spec.concat || spec.facet) spec.columns = 1;
+  }
+
+  function widen(spec, pixels) {
+    const row = spec.hconcat ?? (spec.columns > 1 ? spec.concat?.slice(0, spec.columns) : null);
+    const views = spec.hconcat ?? spec.vconcat ?? spec.concat;
+    if (views) views.forEach((view) => widen(view, pixels / (row?.length ?? 1)));
+    else if (spec.spec) widen(spec.spec, pixels / (spec.columns ?? 1));
+    else if (typeof (spec.width ?? 300) === "number") spec.width = Math.max(80, (spec.width ?? 300) + pixels);
+  }
+
+  async function draw(figure) {
+    const spec = JSON.parse(figure.querySelector("script").textContent);
+    const column = figure.clientWidth;
+    spec.background = null;
+    if (column < NARROW) {
+      stack(spec);
+      spec.config.legend = { ...spec.config.legend, columns: 2 };
+    }
+    const chart = document.createElement("div");
+    const place = figure.querySelector(".live-chart, img");
+    chart.className = "live-chart";
+    chart.style.visibility = "hidden";
+    place.before(chart);
+    // Error: the bundle compiles Vega-Lite 5 for Vega 6, and would warn of that
+    const options = { actions: false, renderer: "svg", tooltip: { theme: "live" }, logLevel: vega.Error };
+    let drawn = await vegaEmbed(chart, spec, options);
+    for (let tries = 0; tries < 3; tries++) {
+      const missing = column - Number(chart.querySelector("svg").getAttribute("width"));
+      if (missing >= 0 && missing < 3) break;
+      widen(spec, Math.floor(missing - 1));
+      drawn.finalize();
+      drawn = await vegaEmbed(chart, spec, options);
+    }
+    place.remove();
+    chart.style.visibility = "";
+    figure.dataset.column = column;
+  }
+
+  const figures = () => [...document.querySelectorAll("figure.live-figure")];
+  let waiting;
+  addEventListener("resize", () => {
+    clearTimeout(waiting);
+    const resized = () => figures().filter((figure) => figure.clientWidth !== Number(figure.dataset.column));
+    waiting = setTimeout(() => resized().forEach(draw), 300);
+  });
+  figures().forEach(draw);
+})();
