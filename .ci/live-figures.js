@@ -35,8 +35,7 @@
     chart.className = "live-chart";
     chart.style.visibility = "hidden";
     place.before(chart);
-    // Error: the bundle compiles Vega-Lite 5 for Vega 6, and would warn of that
-    const options = { actions: false, renderer: "svg", tooltip: { theme: "live" }, logLevel: vega.Error };
+    const options = { actions: false, renderer: "svg", tooltip: { theme: "live" } };
     let drawn = await vegaEmbed(chart, spec, options);
     for (let tries = 0; tries < 3; tries++) {
       const missing = column - Number(chart.querySelector("svg").getAttribute("width"));

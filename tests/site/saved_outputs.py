@@ -26,7 +26,7 @@ def as_text(value):
 def shown_text(data):
     "The text of one display, the specification of a chart, or a word for a picture."
     if CHART in data:
-        return json.dumps(data[CHART])
+        return json.dumps(data[CHART], sort_keys=True)
     if any(kind.startswith("image/") for kind in data):
         return "<picture>"
     kind = next((kind for kind in TEXT_TYPES if kind in data), None)
