@@ -3454,6 +3454,80 @@ d = {
                 "sgd_sai/experiments/train.py",
             ),
         },
+        "sgd_sai.explore.drive_the_step": {
+            "sgd_sai.explore.drive_the_step.Drive": (
+                "explore/drive_the_step.html#drive",
+                "sgd_sai/explore/drive_the_step.py",
+            ),
+            "sgd_sai.explore.drive_the_step._adam": (
+                "explore/drive_the_step.html#_adam",
+                "sgd_sai/explore/drive_the_step.py",
+            ),
+            "sgd_sai.explore.drive_the_step._colors": (
+                "explore/drive_the_step.html#_colors",
+                "sgd_sai/explore/drive_the_step.py",
+            ),
+            "sgd_sai.explore.drive_the_step._layer_view": (
+                "explore/drive_the_step.html#_layer_view",
+                "sgd_sai/explore/drive_the_step.py",
+            ),
+            "sgd_sai.explore.drive_the_step._log_axis": (
+                "explore/drive_the_step.html#_log_axis",
+                "sgd_sai/explore/drive_the_step.py",
+            ),
+            "sgd_sai.explore.drive_the_step._log_scale": (
+                "explore/drive_the_step.html#_log_scale",
+                "sgd_sai/explore/drive_the_step.py",
+            ),
+            "sgd_sai.explore.drive_the_step._loss_view": (
+                "explore/drive_the_step.html#_loss_view",
+                "sgd_sai/explore/drive_the_step.py",
+            ),
+            "sgd_sai.explore.drive_the_step._muon": (
+                "explore/drive_the_step.html#_muon",
+                "sgd_sai/explore/drive_the_step.py",
+            ),
+            "sgd_sai.explore.drive_the_step._sgd_sai": (
+                "explore/drive_the_step.html#_sgd_sai",
+                "sgd_sai/explore/drive_the_step.py",
+            ),
+            "sgd_sai.explore.drive_the_step._sgdm": (
+                "explore/drive_the_step.html#_sgdm",
+                "sgd_sai/explore/drive_the_step.py",
+            ),
+            "sgd_sai.explore.drive_the_step._sqrt_numel": (
+                "explore/drive_the_step.html#_sqrt_numel",
+                "sgd_sai/explore/drive_the_step.py",
+            ),
+            "sgd_sai.explore.drive_the_step._text": (
+                "explore/drive_the_step.html#_text",
+                "sgd_sai/explore/drive_the_step.py",
+            ),
+            "sgd_sai.explore.drive_the_step.best_rate": (
+                "explore/drive_the_step.html#best_rate",
+                "sgd_sai/explore/drive_the_step.py",
+            ),
+            "sgd_sai.explore.drive_the_step.drive": (
+                "explore/drive_the_step.html#drive",
+                "sgd_sai/explore/drive_the_step.py",
+            ),
+            "sgd_sai.explore.drive_the_step.drive_chart": (
+                "explore/drive_the_step.html#drive_chart",
+                "sgd_sai/explore/drive_the_step.py",
+            ),
+            "sgd_sai.explore.drive_the_step.drive_rows": (
+                "explore/drive_the_step.html#drive_rows",
+                "sgd_sai/explore/drive_the_step.py",
+            ),
+            "sgd_sai.explore.drive_the_step.layer_loss": (
+                "explore/drive_the_step.html#layer_loss",
+                "sgd_sai/explore/drive_the_step.py",
+            ),
+            "sgd_sai.explore.drive_the_step.random_layers": (
+                "explore/drive_the_step.html#random_layers",
+                "sgd_sai/explore/drive_the_step.py",
+            ),
+        },
         "sgd_sai.explore.live_figure": {
             "sgd_sai.explore.live_figure.LiveFigure": (
                 "explore/live_figure.html#livefigure",
