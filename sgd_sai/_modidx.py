@@ -3566,6 +3566,52 @@ d = {
                 "sgd_sai/explore/live_figure.py",
             ),
         },
+        "sgd_sai.explore.singular_values": {
+            "sgd_sai.explore.singular_values._band": (
+                "explore/singular_values.html#_band",
+                "sgd_sai/explore/singular_values.py",
+            ),
+            "sgd_sai.explore.singular_values._order_view": (
+                "explore/singular_values.html#_order_view",
+                "sgd_sai/explore/singular_values.py",
+            ),
+            "sgd_sai.explore.singular_values._polynomial_view": (
+                "explore/singular_values.html#_polynomial_view",
+                "sgd_sai/explore/singular_values.py",
+            ),
+            "sgd_sai.explore.singular_values._taken_apart": (
+                "explore/singular_values.html#_taken_apart",
+                "sgd_sai/explore/singular_values.py",
+            ),
+            "sgd_sai.explore.singular_values._text": (
+                "explore/singular_values.html#_text",
+                "sgd_sai/explore/singular_values.py",
+            ),
+            "sgd_sai.explore.singular_values.curve_rows": (
+                "explore/singular_values.html#curve_rows",
+                "sgd_sai/explore/singular_values.py",
+            ),
+            "sgd_sai.explore.singular_values.polynomial_after": (
+                "explore/singular_values.html#polynomial_after",
+                "sgd_sai/explore/singular_values.py",
+            ),
+            "sgd_sai.explore.singular_values.recorded_momenta": (
+                "explore/singular_values.html#recorded_momenta",
+                "sgd_sai/explore/singular_values.py",
+            ),
+            "sgd_sai.explore.singular_values.singular_chart": (
+                "explore/singular_values.html#singular_chart",
+                "sgd_sai/explore/singular_values.py",
+            ),
+            "sgd_sai.explore.singular_values.singular_rows": (
+                "explore/singular_values.html#singular_rows",
+                "sgd_sai/explore/singular_values.py",
+            ),
+            "sgd_sai.explore.singular_values.singular_values": (
+                "explore/singular_values.html#singular_values",
+                "sgd_sai/explore/singular_values.py",
+            ),
+        },
         "sgd_sai.gradient_graphs": {
             "sgd_sai.gradient_graphs.GradientNotes": (
                 "optimizers/gradient_graphs.html#gradientnotes",

@@ -163,17 +163,17 @@ def drive_rows(
     return rows
 
 
-# %% ../../nbs/explore/drive_the_step.ipynb #03549076
+# %% ../../nbs/explore/drive_the_step.ipynb #9d9e1d75
 _CHOSEN = "datum.rate == rate_number && datum.momentum == momentum_number && datum.layers == layers_number"
 _WIDTHS = str([list(widths) for widths in WIDTHS]) + "[layers_number]"
 
 
-LOSS_TICKS = [1e-8, 1e-4, 1, 1e4]
+LOSS_TICKS = [1e-12, 1e-8, 1e-4, 1, 1e4]
 UPDATE_TICKS = [1e-3, 1e-2, 1e-1, 1, 10]
 
 
-def _log_scale(ticks: list[float]) -> alt.Scale:
-    return alt.Scale(type="log", domain=[ticks[0], ticks[-1]], clamp=True)
+def _log_scale(ticks: list[float], padding: float = 0) -> alt.Scale:
+    return alt.Scale(type="log", domain=[ticks[0], ticks[-1]], clamp=True, padding=padding)
 
 
 def _log_axis(ticks: list[float]) -> alt.Axis:
@@ -214,7 +214,7 @@ def _loss_view(front: alt.Parameter) -> alt.LayerChart:
     return taken.properties(width=560, height=240, title=alt.Title(alt.expr(title)))
 
 
-# %% ../../nbs/explore/drive_the_step.ipynb #ee288cf3
+# %% ../../nbs/explore/drive_the_step.ipynb #bfa955f1
 def _layer_view(column: str, title: str, ticks: list[float]) -> alt.Chart:
     "A circle for each layer of each optimizer, as large as the layer is among the three."
     drawn = alt.Chart().mark_point(strokeWidth=2, opacity=0.9)
@@ -224,10 +224,10 @@ def _layer_view(column: str, title: str, ticks: list[float]) -> alt.Chart:
     drawn = drawn.transform_flatten(["value", "layer", "width"]).transform_calculate(value="toNumber(datum.value)")
     sizes = alt.Scale(domain=["first", "second", "third"], range=[260, 110, 30])
     drawn = drawn.encode(
-        x=alt.X("value:Q", title=title, scale=_log_scale(ticks), axis=_log_axis(ticks)),
+        x=alt.X("value:Q", title=title, scale=_log_scale(ticks, padding=10), axis=_log_axis(ticks)),
         y=alt.Y("optimizer:N", sort=list(DRIVEN), title=None),
         color=_colors(),
-        size=alt.Size("layer:N", scale=sizes, legend=None),
+        size=alt.Size("layer:O", scale=sizes, legend=None),
         tooltip=["optimizer:N", "lr:Q", alt.Tooltip("width:N", title="width"), alt.Tooltip("value:Q", title=title)],
     )
     return drawn.properties(width=210, height=130)
