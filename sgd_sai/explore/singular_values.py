@@ -81,7 +81,7 @@ def recorded_momenta(
     return momenta | {"a random matrix": torch.randn(48, 48)}
 
 
-# %% ../../nbs/explore/singular_values.ipynb #142b21cc
+# %% ../../nbs/explore/singular_values.ipynb #ac79b18b
 ITERATIONS = 8  # the most that the slider reaches
 LOW, HIGH = 0.7, 1.2  # the band
 
@@ -108,8 +108,8 @@ def singular_rows(
 
 
 def curve_rows() -> list[dict]:
-    "A row for each set of coefficients and number of iterations: the polynomial at 120 points."
-    x, rows = torch.logspace(-5, 0, 120, dtype=torch.float64), []
+    "A row for each set of coefficients and number of iterations: the polynomial at 240 points."
+    x, rows = torch.logspace(-5, 0, 240, dtype=torch.float64), []
     for name in COEFFICIENTS:
         for iterations in range(ITERATIONS + 1):
             y = polynomial_after(x, iterations, name)

@@ -37,14 +37,13 @@ def press(page, slider, steps):
     page.focus(f"figure input[name={slider}]")
     for _ in range(abs(steps)):
         page.keyboard.press("ArrowRight" if steps > 0 else "ArrowLeft")
-    page.wait_for_timeout(200)
+    page.wait_for_timeout(100)
 
 
 def circles(page, title):
     "What Vega says of each circle whose first number has this title: a dictionary of texts."
-    labels = [
-        mark.get_attribute("aria-label") for mark in page.query_selector_all("figure svg .mark-symbol.role-mark path")
-    ]
+    marks = "figure svg .mark-symbol.role-mark path"
+    labels = page.eval_on_selector_all(marks, "marks => marks.map(mark => mark.getAttribute('aria-label'))")
     told = [dict(part.split(": ", 1) for part in label.split("; ")) for label in labels if label.startswith(title)]
     assert told, f"no circle says {title}"
     return told
@@ -230,8 +229,7 @@ def test_iterations_are_those_of_the_library(open_chart):
             expected = orthogonalize(before.diag(), iterations, name).diagonal()
             assert torch.allclose(after, expected, rtol=0.02, atol=1e-4), (name, iterations)
             inside = int(((after > 0.7) & (after < 1.2)).sum())
-            told = int(
-                page.text_content("figure svg .mark-text.role-mark").removesuffix(" of 48 are between 0.7 and 1.2")
-            )
+            told = page.text_content("figure svg .mark-text.role-mark")
+            told = int(told.removesuffix(" of 48 are between 0.7 and 1.2"))
             assert abs(told - inside) <= 1  # one may be at the edge, to the four digits of the page
             press(page, "iterations", 1)
