@@ -16,6 +16,7 @@ import sys
 from pathlib import Path, PurePosixPath
 
 import api_pages
+import live_pages
 import yaml
 from folded_tables import fold_outputs
 from lighter_site import lighten
@@ -28,9 +29,9 @@ REDIRECT = """<!doctype html>
 """
 
 
-def process(builder):
+def process(builder, charts):
     """Notebooks as they appear on the site, in _proc/: documentation of what is exported, hidden cells gone. Always
-    from scratch. The changelog becomes a page among them."""
+    from scratch. The changelog becomes a page among them. What live figures show goes into the list `charts`."""
     from nbdev.config import get_config
     from nbdev.quarto import refresh_quarto_yml
     from nbdev.serve import proc_nbs
@@ -39,9 +40,10 @@ def process(builder):
     # where torchao is installed, importing transformers would put a warning for its authors on pages
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     proc, config = proc_nbs(force=True, n_workers=0), get_config()  # in this process: libraries are imported once
-    for page in proc.rglob("*.ipynb"):
+    for page in sorted(proc.rglob("*.ipynb")):
         notebook = json.loads(page.read_text(encoding="utf-8"))
         api_pages.finish_page(notebook, ROOT / "nbs" / page.relative_to(proc))
+        live_pages.with_pictures(notebook, charts)
         for cell in notebook["cells"]:
             finish_cell(cell, config, builder)
         page.write_text(json.dumps(notebook), encoding="utf-8")
@@ -157,8 +159,10 @@ def main():
     if builder == "smalldocs" and sys.version_info < (3, 11):
         raise SystemExit("The site needs Quarto 1.9 or later on the PATH, or Python 3.11 or later for smalldocs.")
     os.chdir(ROOT)
-    proc = process(builder)
+    charts = []
+    proc = process(builder, charts)
     render(builder, proc)
+    live_pages.with_charts(proc / "_docs", charts)
     shutil.rmtree(ROOT / "_docs", ignore_errors=True)
     shutil.move(proc / "_docs", ROOT / "_docs")
     print(f"The site, built with {builder}: {os.path.relpath(ROOT / '_docs' / 'index.html')}")
