@@ -3494,6 +3494,7 @@ d = {
         },
         "sgd_sai.explore.the_runs": {
             "sgd_sai.explore.the_runs._colors": ("explore/the_runs.html#_colors", "sgd_sai/explore/the_runs.py"),
+            "sgd_sai.explore.the_runs._curve": ("explore/the_runs.html#_curve", "sgd_sai/explore/the_runs.py"),
             "sgd_sai.explore.the_runs._digits": ("explore/the_runs.html#_digits", "sgd_sai/explore/the_runs.py"),
             "sgd_sai.explore.the_runs._extra": ("explore/the_runs.html#_extra", "sgd_sai/explore/the_runs.py"),
             "sgd_sai.explore.the_runs._line": ("explore/the_runs.html#_line", "sgd_sai/explore/the_runs.py"),

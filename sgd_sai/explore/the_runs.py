@@ -19,7 +19,7 @@ from ..experiments.tasks.registry import get_task
 from ..internals.figure_style import INK, MUTED
 from .live_figure import LiveFigure
 
-# %% ../../nbs/explore/the_runs.ipynb #df3039f1
+# %% ../../nbs/explore/the_runs.ipynb #6f4659b6
 _COLUMNS = "task optimizer lr decay steps batch seed value seconds device extra key every curve".split()
 _TYPES = {name: "string" if name in ("extra", "key", "curve") else "number" for name in _COLUMNS}
 
@@ -38,23 +38,30 @@ def _extra(run: dict) -> str:
     return "; ".join(f"{key} {value}" for key, value in settings.items())
 
 
+def _curve(values: list, every: int) -> tuple:
+    "Steps between evaluations, and their results as text; of more than eight every second one and the last."
+    if len(values) < 2:
+        return "", ""
+    stride = 2 if len(values) > 8 else 1
+    kept = values[stride - 1 :: stride] + ([values[-1]] if len(values) % stride else [])
+    return stride * every, " ".join(f"{value:.3g}" for value in kept)
+
+
 def _line(run: dict, task, codes: dict[str, list]) -> list:
     "The cells of a run; `codes` has the names that are numbers."
     scale, metric, settings = task.unit.scale, task.metric, run["hyperparameters"]
-    evaluations = [point.get(metric) for point in run["history"][1:]]
-    known = all(value is not None for value in evaluations) and len(evaluations) > 1
+    values = [scale * point[metric] for point in run["history"][1:]]
     return [
         codes["tasks"].index(run["task"]),
         codes["optimizers"].index(run["optimizer"]),
         *(_digits(settings.get(key, math.nan)) for key in ("lr", "weight_decay")),
         *(run[key] for key in ("steps", "batch_size", "seed")),
         _digits(scale * run["final"][metric]),
-        _digits(run["seconds"]),
+        f"{run['seconds']:.3g}",
         codes["devices"].index(run["environment"]["device"]),
         _extra(run),
         run["key"],
-        run["history"][1]["step"] if known else "",
-        " ".join(f"{scale * value:.3g}" for value in evaluations) if known else "",
+        *_curve(values, run["history"][1]["step"]),
     ]
 
 
