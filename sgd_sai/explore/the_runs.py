@@ -19,7 +19,7 @@ from ..experiments.tasks.registry import get_task
 from ..internals.figure_style import INK, MUTED
 from .live_figure import LiveFigure
 
-# %% ../../nbs/explore/the_runs.ipynb #6f4659b6
+# %% ../../nbs/explore/the_runs.ipynb #82ad84d3
 _COLUMNS = "task optimizer lr decay steps batch seed value seconds device extra key every curve".split()
 _TYPES = {name: "string" if name in ("extra", "key", "curve") else "number" for name in _COLUMNS}
 
@@ -39,10 +39,10 @@ def _extra(run: dict) -> str:
 
 
 def _curve(values: list, every: int) -> tuple:
-    "Steps between evaluations, and their results as text; of more than eight every second one and the last."
+    "Steps between evaluations, and their results as text; of many only every second or third one, and the last."
     if len(values) < 2:
         return "", ""
-    stride = 2 if len(values) > 8 else 1
+    stride = math.ceil(len(values) / 5)
     kept = values[stride - 1 :: stride] + ([values[-1]] if len(values) % stride else [])
     return stride * every, " ".join(f"{value:.3g}" for value in kept)
 
@@ -130,10 +130,11 @@ def _lookups(runs: list[dict], codes: dict, labels: list[str], folder: str) -> l
     ]
 
 
-# %% ../../nbs/explore/the_runs.ipynb #e0e47541
-_NAMED = alt.selection_point("named", fields=["label"], bind="legend", toggle="true")
-_BOX = alt.selection_interval("box")
-_CLICKED = alt.selection_point("clicked", fields=["key"], on="click", empty=False)
+# %% ../../nbs/explore/the_runs.ipynb #6ae0f114
+# without clear=False, a double click on a word, which selects it, would end the selections
+_NAMED = alt.selection_point("named", fields=["label"], bind="legend", toggle="true", clear=False)
+_BOX = alt.selection_interval("box", clear=False)
+_CLICKED = alt.selection_point("clicked", fields=["key"], on="click", clear=False, empty=False)
 _CHOSEN = "datum.task == task && (only == -1 || datum.optimizer == only)"  # by the menus
 
 
@@ -150,7 +151,7 @@ def _colors(optimizers: list[str], labels: list[str]):
     return alt.Color("label:N", scale=alt.Scale(domain=labels, range=colors), legend=legend)
 
 
-# %% ../../nbs/explore/the_runs.ipynb #32e4552b
+# %% ../../nbs/explore/the_runs.ipynb #099f472a
 _TOOLTIP = [
     alt.Tooltip("label:N", title="optimizer"),
     alt.Tooltip("lr:Q", title="learning rate"),
@@ -167,7 +168,7 @@ _TOOLTIP = [
 
 def _points(x, color, title: str, size: dict):
     "A panel: the results of the runs against `x`."
-    words = alt.Title(alt.expr(f"axis_of_task.title + ' at the end, against {title}'"), frame="group")
+    words = alt.Title(alt.expr(f"axis_of_task.title + ' against {title}'"), frame="group")
     is_open = alt.condition(_BOX, alt.value(0.8), alt.value(0.12))
     size_of = alt.condition(_CLICKED, alt.value(250), alt.value(32))
     drawn = alt.Chart(title=words, **size).mark_circle()
@@ -192,13 +193,15 @@ def _ways(at: str, color):
     )
 
 
-# %% ../../nbs/explore/the_runs.ipynb #8c8a3b7b
+# %% ../../nbs/explore/the_runs.ipynb #8f9facd9
 _LINE = 17  # pixels
 _WORDS = (  # about the run that was clicked, as expressions of Vega
     "labels[datum.optimizer] + ': learning rate ' + datum.lr + ', weight decay ' + datum.decay",
     "'seed ' + datum.seed + ', ' + datum.steps + ' steps of ' + datum.batch + (datum.extra ? ', ' + datum.extra : '')",
     "'result ' + datum.value + ', ' + datum.seconds + ' s on ' + devices[datum.device]",
 )
+_PASSED = {"allow": ["wheel", "pointerdown", "mousedown"]}  # events that Vega leaves to the browser
+_SELECTABLE = {"renderer": "svg", "config": {"events": {"defaults": _PASSED}}}  # so that words can be selected
 _COMMAND = "'sgd-sai repeat ' + folder + '/' + axis_of_task.name + '.jsonl#' + datum.key"
 
 
@@ -210,7 +213,7 @@ def _text(chart, line: int, **style):
 
 def _words(width: int, counts: list[int]):
     "The number of runs; and what is known of the run that was clicked."
-    hint = "clicked.key ? '' : 'Click on a run to read here what it was, and how to make it again.'"
+    hint = "clicked.key ? '' : 'Click on a run to read what it was, and how to repeat it.'"
     number = f"datum.runs + ' of ' + {counts}[task] + ' runs on ' + axis_of_task.name"
     clicked = alt.Chart().transform_filter({"param": "clicked", "empty": False})
     small = alt.expr("min(12, width / 34)")  # the command has to fit onto a phone
@@ -223,7 +226,7 @@ def _words(width: int, counts: list[int]):
     return alt.layer(*layers, width=width, height=5 * _LINE)
 
 
-# %% ../../nbs/explore/the_runs.ipynb #e2cdba9c
+# %% ../../nbs/explore/the_runs.ipynb #adb1be32
 def _panels(width: int, color):
     "Result against learning rate, steps and time."
     size = dict(width=width, height=200)
@@ -267,6 +270,7 @@ def runs_figure(
         label="labels[datum.optimizer]", where="devices[datum.device]", also="datum.extra ? datum.extra : '-'"
     )
     chart = chart.transform_filter(_NAMED).configure_legend(columns=4)
+    chart = chart.properties(usermeta={"embedOptions": _SELECTABLE})
     chart = chart.add_params(*_menus(codes["tasks"], labels, task), *_lookups(runs, codes, labels, folder))
     alt_text = "Results of training runs as points, against learning rate, steps and time, coloured by optimizer"
     return LiveFigure(chart, alt_text)
