@@ -30,22 +30,24 @@ def four_digits(
     return value
 
 
-# %% ../../nbs/explore/live_figure.ipynb #115eacd0
+# %% ../../nbs/explore/live_figure.ipynb #d0681731
 LIVE_STYLE = {
     "background": "white",
     "view": {"stroke": None},
     "mark": {"color": ACCENT},
     "axis": {
         "labelColor": MUTED,
+        "labelFontSize": 11,
         "titleColor": INK,
+        "titleFontSize": 12,
         "titleFontWeight": "normal",
         "gridColor": GRID,
         "domainColor": MUTED,
         "tickColor": MUTED,
     },
-    "legend": {"orient": "top", "labelColor": INK, "titleColor": INK, "titleFontWeight": "normal"},
+    "legend": {"orient": "top", "labelColor": INK, "labelFontSize": 12, "titleColor": INK, "titleFontWeight": "normal"},
     "header": {"labelColor": INK, "titleColor": INK},
-    "title": {"color": INK, "subtitleColor": MUTED, "anchor": "start", "fontSize": 12},
+    "title": {"color": INK, "subtitleColor": MUTED, "anchor": "start", "fontSize": 13},
 }
 
 

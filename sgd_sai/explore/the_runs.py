@@ -193,14 +193,14 @@ def _ways(at: str, color):
     )
 
 
-# %% ../../nbs/explore/the_runs.ipynb #8f9facd9
+# %% ../../nbs/explore/the_runs.ipynb #c3768453
 _LINE = 17  # pixels
 _WORDS = (  # about the run that was clicked, as expressions of Vega
     "labels[datum.optimizer] + ': learning rate ' + datum.lr + ', weight decay ' + datum.decay",
     "'seed ' + datum.seed + ', ' + datum.steps + ' steps of ' + datum.batch + (datum.extra ? ', ' + datum.extra : '')",
     "'result ' + datum.value + ', ' + datum.seconds + ' s on ' + devices[datum.device]",
 )
-_PASSED = {"allow": ["wheel", "pointerdown", "mousedown"]}  # events that Vega leaves to the browser
+_PASSED = {"allow": ["wheel", "pointerdown"]}  # events that Vega leaves to the browser
 _SELECTABLE = {"renderer": "svg", "config": {"events": {"defaults": _PASSED}}}  # so that words can be selected
 _COMMAND = "'sgd-sai repeat ' + folder + '/' + axis_of_task.name + '.jsonl#' + datum.key"
 
