@@ -3688,6 +3688,123 @@ d = {
                 "sgd_sai/explore/singular_values.py",
             ),
         },
+        "sgd_sai.explore.the_runs": {
+            "sgd_sai.explore.the_runs._colors": ("explore/the_runs.html#_colors", "sgd_sai/explore/the_runs.py"),
+            "sgd_sai.explore.the_runs._curve": ("explore/the_runs.html#_curve", "sgd_sai/explore/the_runs.py"),
+            "sgd_sai.explore.the_runs._digits": ("explore/the_runs.html#_digits", "sgd_sai/explore/the_runs.py"),
+            "sgd_sai.explore.the_runs._extra": ("explore/the_runs.html#_extra", "sgd_sai/explore/the_runs.py"),
+            "sgd_sai.explore.the_runs._line": ("explore/the_runs.html#_line", "sgd_sai/explore/the_runs.py"),
+            "sgd_sai.explore.the_runs._lookups": ("explore/the_runs.html#_lookups", "sgd_sai/explore/the_runs.py"),
+            "sgd_sai.explore.the_runs._menus": ("explore/the_runs.html#_menus", "sgd_sai/explore/the_runs.py"),
+            "sgd_sai.explore.the_runs._panels": ("explore/the_runs.html#_panels", "sgd_sai/explore/the_runs.py"),
+            "sgd_sai.explore.the_runs._points": ("explore/the_runs.html#_points", "sgd_sai/explore/the_runs.py"),
+            "sgd_sai.explore.the_runs._text": ("explore/the_runs.html#_text", "sgd_sai/explore/the_runs.py"),
+            "sgd_sai.explore.the_runs._value_axis": (
+                "explore/the_runs.html#_value_axis",
+                "sgd_sai/explore/the_runs.py",
+            ),
+            "sgd_sai.explore.the_runs._value_scale": (
+                "explore/the_runs.html#_value_scale",
+                "sgd_sai/explore/the_runs.py",
+            ),
+            "sgd_sai.explore.the_runs._ways": ("explore/the_runs.html#_ways", "sgd_sai/explore/the_runs.py"),
+            "sgd_sai.explore.the_runs._words": ("explore/the_runs.html#_words", "sgd_sai/explore/the_runs.py"),
+            "sgd_sai.explore.the_runs.runs_figure": (
+                "explore/the_runs.html#runs_figure",
+                "sgd_sai/explore/the_runs.py",
+            ),
+            "sgd_sai.explore.the_runs.runs_table": ("explore/the_runs.html#runs_table", "sgd_sai/explore/the_runs.py"),
+        },
+        "sgd_sai.explore.what_does_my_model_get": {
+            "sgd_sai.explore.what_does_my_model_get.FormerOptimizer": (
+                "explore/what_does_my_model_get.html#formeroptimizer",
+                "sgd_sai/explore/what_does_my_model_get.py",
+            ),
+            "sgd_sai.explore.what_does_my_model_get.TensorSettings": (
+                "explore/what_does_my_model_get.html#tensorsettings",
+                "sgd_sai/explore/what_does_my_model_get.py",
+            ),
+            "sgd_sai.explore.what_does_my_model_get._alt_text": (
+                "explore/what_does_my_model_get.html#_alt_text",
+                "sgd_sai/explore/what_does_my_model_get.py",
+            ),
+            "sgd_sai.explore.what_does_my_model_get._bars": (
+                "explore/what_does_my_model_get.html#_bars",
+                "sgd_sai/explore/what_does_my_model_get.py",
+            ),
+            "sgd_sai.explore.what_does_my_model_get._bytes": (
+                "explore/what_does_my_model_get.html#_bytes",
+                "sgd_sai/explore/what_does_my_model_get.py",
+            ),
+            "sgd_sai.explore.what_does_my_model_get._calls": (
+                "explore/what_does_my_model_get.html#_calls",
+                "sgd_sai/explore/what_does_my_model_get.py",
+            ),
+            "sgd_sai.explore.what_does_my_model_get._clicked_lines": (
+                "explore/what_does_my_model_get.html#_clicked_lines",
+                "sgd_sai/explore/what_does_my_model_get.py",
+            ),
+            "sgd_sai.explore.what_does_my_model_get._followers": (
+                "explore/what_does_my_model_get.html#_followers",
+                "sgd_sai/explore/what_does_my_model_get.py",
+            ),
+            "sgd_sai.explore.what_does_my_model_get._gpt2_with_lora": (
+                "explore/what_does_my_model_get.html#_gpt2_with_lora",
+                "sgd_sai/explore/what_does_my_model_get.py",
+            ),
+            "sgd_sai.explore.what_does_my_model_get._menu": (
+                "explore/what_does_my_model_get.html#_menu",
+                "sgd_sai/explore/what_does_my_model_get.py",
+            ),
+            "sgd_sai.explore.what_does_my_model_get._menus": (
+                "explore/what_does_my_model_get.html#_menus",
+                "sgd_sai/explore/what_does_my_model_get.py",
+            ),
+            "sgd_sai.explore.what_does_my_model_get._minilm": (
+                "explore/what_does_my_model_get.html#_minilm",
+                "sgd_sai/explore/what_does_my_model_get.py",
+            ),
+            "sgd_sai.explore.what_does_my_model_get._model_of_task": (
+                "explore/what_does_my_model_get.html#_model_of_task",
+                "sgd_sai/explore/what_does_my_model_get.py",
+            ),
+            "sgd_sai.explore.what_does_my_model_get._table": (
+                "explore/what_does_my_model_get.html#_table",
+                "sgd_sai/explore/what_does_my_model_get.py",
+            ),
+            "sgd_sai.explore.what_does_my_model_get._tensor_points": (
+                "explore/what_does_my_model_get.html#_tensor_points",
+                "sgd_sai/explore/what_does_my_model_get.py",
+            ),
+            "sgd_sai.explore.what_does_my_model_get._text": (
+                "explore/what_does_my_model_get.html#_text",
+                "sgd_sai/explore/what_does_my_model_get.py",
+            ),
+            "sgd_sai.explore.what_does_my_model_get.largest_matrix": (
+                "explore/what_does_my_model_get.html#largest_matrix",
+                "sgd_sai/explore/what_does_my_model_get.py",
+            ),
+            "sgd_sai.explore.what_does_my_model_get.model_totals": (
+                "explore/what_does_my_model_get.html#model_totals",
+                "sgd_sai/explore/what_does_my_model_get.py",
+            ),
+            "sgd_sai.explore.what_does_my_model_get.shapes_of": (
+                "explore/what_does_my_model_get.html#shapes_of",
+                "sgd_sai/explore/what_does_my_model_get.py",
+            ),
+            "sgd_sai.explore.what_does_my_model_get.suggested_settings": (
+                "explore/what_does_my_model_get.html#suggested_settings",
+                "sgd_sai/explore/what_does_my_model_get.py",
+            ),
+            "sgd_sai.explore.what_does_my_model_get.tensor_settings": (
+                "explore/what_does_my_model_get.html#tensor_settings",
+                "sgd_sai/explore/what_does_my_model_get.py",
+            ),
+            "sgd_sai.explore.what_does_my_model_get.what_it_gets": (
+                "explore/what_does_my_model_get.html#what_it_gets",
+                "sgd_sai/explore/what_does_my_model_get.py",
+            ),
+        },
         "sgd_sai.gradient_graphs": {
             "sgd_sai.gradient_graphs.GradientNotes": (
                 "optimizers/gradient_graphs.html#gradientnotes",

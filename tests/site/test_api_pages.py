@@ -203,5 +203,7 @@ def test_every_block_of_code_has_a_language():
     "Without one it has neither colours nor, with Quarto, a button that copies it."
     assert len([*fences()]) > 50
     assert [
-        (page, line) for page, line in fences() if not re.match(r"```\{?\.?(python|sh|yaml|toml|bibtex|diff|text)", line)
+        (page, line)
+        for page, line in fences()
+        if not re.match(r"```\{?\.?(python|sh|yaml|toml|bibtex|diff|text)", line)
     ] == []
