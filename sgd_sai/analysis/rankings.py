@@ -80,10 +80,12 @@ def finals(
 def at_edge(
     tuned: list[dict],  # runs of the grid
     name: str,  # registry name of the optimizer
-    lr: float,  # the learning rate that was chosen
+    lr: float | None,  # the learning rate that was chosen; None: the optimizer's own
 ) -> str:  # 'low', 'high', or '' when there were smaller and larger ones
     "Say if the chosen learning rate is the smallest or the largest that was tried."
-    tried = {run["hyperparameters"]["lr"] for run in tuned if run["optimizer"] == name}
+    if lr is None:
+        return ""
+    tried = {run["hyperparameters"].get("lr", lr) for run in tuned if run["optimizer"] == name}
     return "low" if lr == min(tried) else "high" if lr == max(tried) else ""
 
 
@@ -97,7 +99,7 @@ def trained_parameters(
 # %% ../../nbs/analysis/rankings.ipynb #6f207621
 def _ranking_row(task: Task, mine: list[dict], tuned: list[dict], cost: dict | None) -> dict:
     "The line of one optimizer: `mine` are its runs, `cost` its entry in a record of costs."
-    name, lr = mine[0]["optimizer"], mine[0]["hyperparameters"]["lr"]
+    name, lr = mine[0]["optimizer"], mine[0]["hyperparameters"].get("lr")
     final = spread(finals(task, mine, name).values())
     row = {
         "optimizer": optimizer_label(name),
