@@ -588,6 +588,24 @@ d = {
                 "sgd_sai/analysis/gsnr_records.py",
             ),
         },
+        "sgd_sai.analysis.own_rankings": {
+            "sgd_sai.analysis.own_rankings.at_best_settings": (
+                "analysis/own_rankings.html#at_best_settings",
+                "sgd_sai/analysis/own_rankings.py",
+            ),
+            "sgd_sai.analysis.own_rankings.baseline_of": (
+                "analysis/own_rankings.html#baseline_of",
+                "sgd_sai/analysis/own_rankings.py",
+            ),
+            "sgd_sai.analysis.own_rankings.own_ranking": (
+                "analysis/own_rankings.html#own_ranking",
+                "sgd_sai/analysis/own_rankings.py",
+            ),
+            "sgd_sai.analysis.own_rankings.own_ranking_table": (
+                "analysis/own_rankings.html#own_ranking_table",
+                "sgd_sai/analysis/own_rankings.py",
+            ),
+        },
         "sgd_sai.analysis.paired_cells": {
             "sgd_sai.analysis.paired_cells.CellPair": (
                 "analysis/paired_cells.html#cellpair",
@@ -683,6 +701,10 @@ d = {
                 "analysis/rankings.html#extra_frame",
                 "sgd_sai/analysis/rankings.py",
             ),
+            "sgd_sai.analysis.rankings.files_chosen_from": (
+                "analysis/rankings.html#files_chosen_from",
+                "sgd_sai/analysis/rankings.py",
+            ),
             "sgd_sai.analysis.rankings.finals": ("analysis/rankings.html#finals", "sgd_sai/analysis/rankings.py"),
             "sgd_sai.analysis.rankings.in_figure_unit": (
                 "analysis/rankings.html#in_figure_unit",
@@ -703,6 +725,10 @@ d = {
                 "sgd_sai/analysis/rankings.py",
             ),
             "sgd_sai.analysis.rankings.ranking": ("analysis/rankings.html#ranking", "sgd_sai/analysis/rankings.py"),
+            "sgd_sai.analysis.rankings.read_experiment": (
+                "analysis/rankings.html#read_experiment",
+                "sgd_sai/analysis/rankings.py",
+            ),
             "sgd_sai.analysis.rankings.repository": (
                 "analysis/rankings.html#repository",
                 "sgd_sai/analysis/rankings.py",
@@ -1859,12 +1885,20 @@ d = {
                 "cli/train_commands.html#_rebuild_reports",
                 "sgd_sai/cli/train_commands.py",
             ),
+            "sgd_sai.cli.train_commands._training_items": (
+                "cli/train_commands.html#_training_items",
+                "sgd_sai/cli/train_commands.py",
+            ),
             "sgd_sai.cli.train_commands.compare_command": (
                 "cli/train_commands.html#compare_command",
                 "sgd_sai/cli/train_commands.py",
             ),
             "sgd_sai.cli.train_commands.pack_command": (
                 "cli/train_commands.html#pack_command",
+                "sgd_sai/cli/train_commands.py",
+            ),
+            "sgd_sai.cli.train_commands.rank_command": (
+                "cli/train_commands.html#rank_command",
                 "sgd_sai/cli/train_commands.py",
             ),
             "sgd_sai.cli.train_commands.repeat_command": (
@@ -2345,6 +2379,10 @@ d = {
             ),
             "sgd_sai.experiments.plugins.plugin_environment": (
                 "experiments/plugins.html#plugin_environment",
+                "sgd_sai/experiments/plugins.py",
+            ),
+            "sgd_sai.experiments.plugins.plugin_line": (
+                "experiments/plugins.html#plugin_line",
                 "sgd_sai/experiments/plugins.py",
             ),
             "sgd_sai.experiments.plugins.registries": (
@@ -3158,6 +3196,32 @@ d = {
                 "sgd_sai/experiments/tasks/paper_recipes.py",
             ),
         },
+        "sgd_sai.experiments.tasks.parts": {
+            "sgd_sai.experiments.tasks.parts._check_data": (
+                "experiments/tasks/parts.html#_check_data",
+                "sgd_sai/experiments/tasks/parts.py",
+            ),
+            "sgd_sai.experiments.tasks.parts._said": (
+                "experiments/tasks/parts.html#_said",
+                "sgd_sai/experiments/tasks/parts.py",
+            ),
+            "sgd_sai.experiments.tasks.parts.batch_loss": (
+                "experiments/tasks/parts.html#batch_loss",
+                "sgd_sai/experiments/tasks/parts.py",
+            ),
+            "sgd_sai.experiments.tasks.parts.build_model": (
+                "experiments/tasks/parts.html#build_model",
+                "sgd_sai/experiments/tasks/parts.py",
+            ),
+            "sgd_sai.experiments.tasks.parts.correct_count": (
+                "experiments/tasks/parts.html#correct_count",
+                "sgd_sai/experiments/tasks/parts.py",
+            ),
+            "sgd_sai.experiments.tasks.parts.load_data": (
+                "experiments/tasks/parts.html#load_data",
+                "sgd_sai/experiments/tasks/parts.py",
+            ),
+        },
         "sgd_sai.experiments.tasks.python_gpt2": {
             "sgd_sai.experiments.tasks.python_gpt2.SourceWindows": (
                 "experiments/tasks/python_gpt2.html#sourcewindows",
@@ -3291,6 +3355,10 @@ d = {
                 "experiments/tasks/task.html#task",
                 "sgd_sai/experiments/tasks/task.py",
             ),
+            "sgd_sai.experiments.tasks.task.Task.__post_init__": (
+                "experiments/tasks/task.html#task.__post_init__",
+                "sgd_sai/experiments/tasks/task.py",
+            ),
             "sgd_sai.experiments.tasks.task.Task.higher_is_better": (
                 "experiments/tasks/task.html#task.higher_is_better",
                 "sgd_sai/experiments/tasks/task.py",
@@ -3301,6 +3369,10 @@ d = {
             ),
             "sgd_sai.experiments.tasks.task.Unit": (
                 "experiments/tasks/task.html#unit",
+                "sgd_sai/experiments/tasks/task.py",
+            ),
+            "sgd_sai.experiments.tasks.task._check_task": (
+                "experiments/tasks/task.html#_check_task",
                 "sgd_sai/experiments/tasks/task.py",
             ),
             "sgd_sai.experiments.tasks.task.data_folder": (

@@ -107,7 +107,8 @@ def gap_text(
 ) -> str:  # e.g. '+0.31 [+0.01, +0.61] better'
     "A difference in the unit of the task, its interval of 95 % confidence, and the verdict."
     mean, low, high = (f"{unit.scale * value:+.{unit.digits}f}" for value in (gap.mean, *gap.interval()))
-    return f"{mean} [{low}, {high}] {verdict(gap, unit)}"
+    interval = f"[{low}, {high}]" if gap.n > 1 else "(one seed)" if gap.n else "(no common seed)"
+    return f"{mean} {interval} {verdict(gap, unit)}"
 
 
 def difference_text(
