@@ -18,7 +18,7 @@ __all__ = [
     "random_layers",
     "Drive",
     "drive",
-    "best_rate",
+    "lowest_loss_rate",
     "drive_rows",
     "drive_chart",
 ]
@@ -124,7 +124,7 @@ def drive(
 CANDIDATES = tuple(2.0**k for k in range(-6, 7))
 
 
-def best_rate(
+def lowest_loss_rate(
     name: str,  # in DRIVEN
     momentum: float,  # in [0, 1)
 ) -> float:
@@ -151,7 +151,7 @@ def drive_rows(
     rows = []
     for name in names:
         for m, momentum in enumerate(momenta):
-            rates = [best_rate(name, momentum) * factor for factor in FACTORS]
+            rates = [lowest_loss_rate(name, momentum) * factor for factor in FACTORS]
             for w, widths in enumerate(WIDTHS):
                 run = drive(name, momentum, widths, rates)
                 for r, lr in enumerate(rates):

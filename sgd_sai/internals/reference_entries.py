@@ -16,6 +16,7 @@ __all__ = [
 
 # %% ../../nbs/internals/reference_entries.ipynb #ef446e69
 import ast
+import dataclasses
 import html
 import inspect
 import io
@@ -139,7 +140,8 @@ def _fields(cls: type) -> list[Parameter]:
     "The fields of a named tuple or a data class."
     source = _source(cls)
     comments, names = _comments(source), vars(inspect.getmodule(cls))
-    return [
+    by_name_alone = dataclasses.is_dataclass(cls) and all(field.kw_only for field in dataclasses.fields(cls))
+    return [Parameter("*", "", "", "")] * by_name_alone + [
         Parameter(
             node.target.id,
             annotation_text(node.annotation, names),
