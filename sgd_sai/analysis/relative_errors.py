@@ -94,7 +94,7 @@ def plot_relative_errors(
     )
     labels = {name: optimizer_label(name) for name in names} | (labels or {})
     with figure_style():
-        fig, ax = plt.subplots(figsize=(7.4, 0.33 * len(tasks) + 1.0), layout="constrained")
+        fig, ax = plt.subplots(figsize=(7.4, 0.25 * len(tasks) + 0.9), layout="constrained")
         for i, name in enumerate(names):
             mine = [error for error in errors if error.optimizer == name]
             means = [error.mean for error in mine]
