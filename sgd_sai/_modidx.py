@@ -3503,8 +3503,8 @@ d = {
                 "explore/drive_the_step.html#_text",
                 "sgd_sai/explore/drive_the_step.py",
             ),
-            "sgd_sai.explore.drive_the_step.best_rate": (
-                "explore/drive_the_step.html#best_rate",
+            "sgd_sai.explore.drive_the_step.best_for_equal_layers": (
+                "explore/drive_the_step.html#best_for_equal_layers",
                 "sgd_sai/explore/drive_the_step.py",
             ),
             "sgd_sai.explore.drive_the_step.drive": (
