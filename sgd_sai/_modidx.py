@@ -3651,6 +3651,10 @@ d = {
                 "explore/drive_the_step.html#_text",
                 "sgd_sai/explore/drive_the_step.py",
             ),
+            "sgd_sai.explore.drive_the_step.best_for_equal_layers": (
+                "explore/drive_the_step.html#best_for_equal_layers",
+                "sgd_sai/explore/drive_the_step.py",
+            ),
             "sgd_sai.explore.drive_the_step.drive": (
                 "explore/drive_the_step.html#drive",
                 "sgd_sai/explore/drive_the_step.py",
@@ -3665,10 +3669,6 @@ d = {
             ),
             "sgd_sai.explore.drive_the_step.layer_loss": (
                 "explore/drive_the_step.html#layer_loss",
-                "sgd_sai/explore/drive_the_step.py",
-            ),
-            "sgd_sai.explore.drive_the_step.lowest_loss_rate": (
-                "explore/drive_the_step.html#lowest_loss_rate",
                 "sgd_sai/explore/drive_the_step.py",
             ),
             "sgd_sai.explore.drive_the_step.random_layers": (

@@ -18,7 +18,7 @@ __all__ = [
     "random_layers",
     "Drive",
     "drive",
-    "lowest_loss_rate",
+    "best_for_equal_layers",
     "drive_rows",
     "drive_chart",
 ]
@@ -120,11 +120,11 @@ def drive(
     return Drive(torch.stack(losses).permute(2, 1, 0), torch.stack(updates).permute(2, 1, 0))
 
 
-# %% ../../nbs/explore/drive_the_step.ipynb #d8c59e83
+# %% ../../nbs/explore/drive_the_step.ipynb #3b14f83a
 CANDIDATES = tuple(2.0**k for k in range(-6, 7))
 
 
-def lowest_loss_rate(
+def best_for_equal_layers(
     name: str,  # in DRIVEN
     momentum: float,  # in [0, 1)
 ) -> float:
@@ -133,7 +133,7 @@ def lowest_loss_rate(
     return CANDIDATES[int(totals.argmin())]
 
 
-# %% ../../nbs/explore/drive_the_step.ipynb #d61dd2c5
+# %% ../../nbs/explore/drive_the_step.ipynb #c2cc44d9
 SHOWN_STEPS = slice(None, None, 2)  # every second loss
 FIRST_STEPS = 10  # over which relative updates are averaged
 
@@ -151,7 +151,7 @@ def drive_rows(
     rows = []
     for name in names:
         for m, momentum in enumerate(momenta):
-            rates = [lowest_loss_rate(name, momentum) * factor for factor in FACTORS]
+            rates = [best_for_equal_layers(name, momentum) * factor for factor in FACTORS]
             for w, widths in enumerate(WIDTHS):
                 run = drive(name, momentum, widths, rates)
                 for r, lr in enumerate(rates):
@@ -163,7 +163,7 @@ def drive_rows(
     return rows
 
 
-# %% ../../nbs/explore/drive_the_step.ipynb #01744e75
+# %% ../../nbs/explore/drive_the_step.ipynb #6c36f7be
 _CHOSEN = "datum.rate == rate_number && datum.momentum == momentum_number && datum.layers == layers_number"
 _WIDTHS = str([list(widths) for widths in WIDTHS]) + "[layers_number]"
 
@@ -189,6 +189,7 @@ def _colors() -> alt.Color:
     return alt.Color("optimizer:N", scale=alt.Scale(domain=list(DRIVEN), range=colors), title=None)
 
 
+# %% ../../nbs/explore/drive_the_step.ipynb #888609c0
 def _loss_view(front: alt.Parameter) -> alt.LayerChart:
     "Losses against the step, the sum over the layers."
     factors = [f"{factor:g}" if factor >= 1 else f"1/{1 / factor:g}" for factor in FACTORS]

@@ -67,7 +67,7 @@ def _with_numbered_tables(spec: dict) -> dict:
     return json.loads(text)
 
 
-# %% ../../nbs/explore/live_figure.ipynb #e6f7b78a
+# %% ../../nbs/explore/live_figure.ipynb #2ca888d0
 VEGA_LITE_TYPE = "application/vnd.vegalite.v5+json"  # the type of output that JupyterLab draws by itself
 
 
@@ -78,6 +78,7 @@ def vega_lite_version(
     return re.search(r"/v(\d+\.\d+)[.\d]*\.json", spec["$schema"])[1]
 
 
+# %% ../../nbs/explore/live_figure.ipynb #e7a2f8af
 class LiveFigure:
     "A chart that answers to its sliders, and a picture of it where no script runs."
 

@@ -96,7 +96,6 @@ def test_only_pages_with_charts_load_vega(site):
     loading = {page for page in site.rglob("*.html") if "live-figures/vega.js" in page.read_text(encoding="utf-8")}
     with_charts = {site / f"{page_name(path)}.html" for path in notebooks() if any(charts(path))}
     assert loading == with_charts and len(loading) >= 3
-    assert "vega-lite" not in (site / "search.json").read_text(encoding="utf-8")
 
 
 def charts(path):
