@@ -195,7 +195,7 @@ def _table(models: dict[str, nn.Module]) -> str:
     return file.getvalue()
 
 
-# %% ../../nbs/explore/what_does_my_model_get.ipynb #3fb11cc6
+# %% ../../nbs/explore/what_does_my_model_get.ipynb #78207a05
 _RATES = [0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1]
 _DECAYS = [0, 0.0001, 0.0005, 0.001, 0.01, 0.05, 0.1, 0.5]
 
@@ -218,6 +218,7 @@ def _menus(titles: list[str], coming_from: str) -> list:
     ]
 
 
+# %% ../../nbs/explore/what_does_my_model_get.ipynb #36cca36b
 def _followers(models: dict[str, nn.Module]) -> list:
     "Parameters that Vega computes from the menus."
     totals = [dict(title=title, **model_totals(model)) for title, model in models.items()]
