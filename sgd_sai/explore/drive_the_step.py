@@ -163,7 +163,7 @@ def drive_rows(
     return rows
 
 
-# %% ../../nbs/explore/drive_the_step.ipynb #9d9e1d75
+# %% ../../nbs/explore/drive_the_step.ipynb #01744e75
 _CHOSEN = "datum.rate == rate_number && datum.momentum == momentum_number && datum.layers == layers_number"
 _WIDTHS = str([list(widths) for widths in WIDTHS]) + "[layers_number]"
 
@@ -214,7 +214,7 @@ def _loss_view(front: alt.Parameter) -> alt.LayerChart:
     return taken.properties(width=560, height=240, title=alt.Title(alt.expr(title)))
 
 
-# %% ../../nbs/explore/drive_the_step.ipynb #bfa955f1
+# %% ../../nbs/explore/drive_the_step.ipynb #467699bf
 def _layer_view(column: str, title: str, ticks: list[float]) -> alt.Chart:
     "A circle for each layer of each optimizer, as large as the layer is among the three."
     drawn = alt.Chart().mark_point(strokeWidth=2, opacity=0.9)
@@ -230,7 +230,7 @@ def _layer_view(column: str, title: str, ticks: list[float]) -> alt.Chart:
         size=alt.Size("layer:O", scale=sizes, legend=None),
         tooltip=["optimizer:N", "lr:Q", alt.Tooltip("width:N", title="width"), alt.Tooltip("value:Q", title=title)],
     )
-    return drawn.properties(width=210, height=130)
+    return drawn.properties(width=235, height=130)
 
 
 def drive_chart(

@@ -81,7 +81,7 @@ def recorded_momenta(
     return momenta | {"a random matrix": torch.randn(48, 48)}
 
 
-# %% ../../nbs/explore/singular_values.ipynb #142b21cc
+# %% ../../nbs/explore/singular_values.ipynb #ac79b18b
 ITERATIONS = 8  # the most that the slider reaches
 LOW, HIGH = 0.7, 1.2  # the band
 
@@ -108,8 +108,8 @@ def singular_rows(
 
 
 def curve_rows() -> list[dict]:
-    "A row for each set of coefficients and number of iterations: the polynomial at 120 points."
-    x, rows = torch.logspace(-5, 0, 120, dtype=torch.float64), []
+    "A row for each set of coefficients and number of iterations: the polynomial at 240 points."
+    x, rows = torch.logspace(-5, 0, 240, dtype=torch.float64), []
     for name in COEFFICIENTS:
         for iterations in range(ITERATIONS + 1):
             y = polynomial_after(x, iterations, name)
@@ -117,7 +117,7 @@ def curve_rows() -> list[dict]:
     return rows
 
 
-# %% ../../nbs/explore/singular_values.ipynb #76ddb0e3
+# %% ../../nbs/explore/singular_values.ipynb #d9b58ffc
 _TICKS = [1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1]
 _BEFORE = alt.X(
     "before:Q",
@@ -127,9 +127,9 @@ _BEFORE = alt.X(
 )
 
 
-def _taken_apart(table: list[dict], first: str, second: str, chosen: str) -> alt.Chart:
+def _taken_apart(table: str, first: str, second: str, chosen: str) -> alt.Chart:
     "The numbers of the rows that the controls choose, and their position from 1 on."
-    chart = alt.Chart(alt.Data(values=table)).transform_filter(chosen)
+    chart = alt.Chart(alt.NamedData(table)).transform_filter(chosen)
     chart = chart.transform_calculate(
         before=f"split(datum.{first}, ' ')",
         after=f"split(datum.{second}, ' ')",
@@ -153,7 +153,7 @@ def _polynomial_view(values: alt.Chart, curve: alt.Chart) -> alt.LayerChart:
     return alt.layer(_band(), line, points).properties(width=250, height=240)
 
 
-# %% ../../nbs/explore/singular_values.ipynb #c9494391
+# %% ../../nbs/explore/singular_values.ipynb #6b08ee0d
 def _order_view(values: alt.Chart) -> alt.LayerChart:
     "Both in order of size."
     scale = alt.Scale(type="log", domain=[_TICKS[0], 2], clamp=True)
@@ -174,16 +174,17 @@ def singular_chart(
     names = list(dict.fromkeys(row["momentum"] for row in rows))
     by_name = "datum.coefficients == coefficients && datum.iterations == iterations"
     chosen = f"datum.momentum == momentum && {by_name}"
-    values = _taken_apart(rows, "before", "after", chosen)
-    told = alt.Chart(alt.Data(values=rows)).transform_filter(chosen)
+    values = _taken_apart("values", "before", "after", chosen)
+    told = alt.Chart(alt.NamedData("values")).transform_filter(chosen)
     told = told.mark_text(align="left", baseline="top", x=0, y=-18, color=MUTED).encode(text="told:N")
-    left = alt.layer(*_polynomial_view(values, _taken_apart(curves, "x", "y", by_name)).layer, told)
+    left = alt.layer(*_polynomial_view(values, _taken_apart("curves", "x", "y", by_name)).layer, told)
     title = alt.Title(alt.expr("[momentum + ', ' + coefficients, iterations + ' iterations', '']"))
     controls = {
-        "iterations": (0, alt.binding_range(min=0, max=ITERATIONS, step=1, name="iterations ")),
+        "iterations": (5, alt.binding_range(min=0, max=ITERATIONS, step=1, name="iterations ")),
         "coefficients": (list(COEFFICIENTS)[0], alt.binding_select(options=list(COEFFICIENTS), name="coefficients ")),
         "momentum": (names[0], alt.binding_select(options=names, name="momentum of ")),
     }
     params = [alt.param(name, value=value, bind=bind) for name, (value, bind) in controls.items()]
     left = left.properties(width=250, height=240)
-    return alt.hconcat(left, _order_view(values), title=title).add_params(*params)
+    tables = {"values": rows, "curves": curves}
+    return alt.hconcat(left, _order_view(values), title=title, datasets=tables).add_params(*params)
