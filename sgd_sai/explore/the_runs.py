@@ -19,7 +19,7 @@ from ..experiments.tasks.registry import get_task
 from ..internals.figure_style import INK, MUTED
 from .live_figure import LiveFigure
 
-# %% ../../nbs/explore/the_runs.ipynb #82ad84d3
+# %% ../../nbs/explore/the_runs.ipynb #5ed9051a
 _COLUMNS = "task optimizer lr decay steps batch seed value seconds device extra key every curve".split()
 _TYPES = {name: "string" if name in ("extra", "key", "curve") else "number" for name in _COLUMNS}
 
@@ -47,6 +47,7 @@ def _curve(values: list, every: int) -> tuple:
     return stride * every, " ".join(f"{value:.3g}" for value in kept)
 
 
+# %% ../../nbs/explore/the_runs.ipynb #499bb8c6
 def _line(run: dict, task, codes: dict[str, list]) -> list:
     "The cells of a run; `codes` has the names that are numbers."
     scale, metric, settings = task.unit.scale, task.metric, run["hyperparameters"]
@@ -226,7 +227,7 @@ def _words(width: int, counts: list[int]):
     return alt.layer(*layers, width=width, height=5 * _LINE)
 
 
-# %% ../../nbs/explore/the_runs.ipynb #adb1be32
+# %% ../../nbs/explore/the_runs.ipynb #6fb04b06
 def _panels(width: int, color):
     "Result against learning rate, steps and time."
     size = dict(width=width, height=200)
@@ -244,6 +245,7 @@ def _panels(width: int, color):
     ]
 
 
+# %% ../../nbs/explore/the_runs.ipynb #62a59b8c
 def runs_figure(
     runs: list[dict],  # from load_runs
     task: str | None = None,  # that is shown at first; None: that of the first run

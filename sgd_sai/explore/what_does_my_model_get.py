@@ -195,7 +195,7 @@ def _table(models: dict[str, nn.Module]) -> str:
     return file.getvalue()
 
 
-# %% ../../nbs/explore/what_does_my_model_get.ipynb #3fb11cc6
+# %% ../../nbs/explore/what_does_my_model_get.ipynb #78207a05
 _RATES = [0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1]
 _DECAYS = [0, 0.0001, 0.0005, 0.001, 0.01, 0.05, 0.1, 0.5]
 
@@ -218,6 +218,7 @@ def _menus(titles: list[str], coming_from: str) -> list:
     ]
 
 
+# %% ../../nbs/explore/what_does_my_model_get.ipynb #36cca36b
 def _followers(models: dict[str, nn.Module]) -> list:
     "Parameters that Vega computes from the menus."
     totals = [dict(title=title, **model_totals(model)) for title, model in models.items()]
@@ -275,7 +276,7 @@ def _calls(width: int):
     return _text(_ONE_ROW, lines, len(_CALLS), width, font="monospace").properties(title=alt.Title(alt.expr(_SIZE)))
 
 
-# %% ../../nbs/explore/what_does_my_model_get.ipynb #47b29f42
+# %% ../../nbs/explore/what_does_my_model_get.ipynb #67161707
 def _bytes(expression: str) -> str:
     "Bytes in words, such as 497.8 MB, as an expression of Vega."
     return f"replace(format({expression}, '.4s'), regexp('([a-zA-Z]?)$'), ' $1B')"
@@ -283,7 +284,7 @@ def _bytes(expression: str) -> str:
 
 _MORE = f"(before > after ? 'saves ' : 'takes ') + {_bytes('abs(before - after)')} + (before > after ? '' : ' more')"
 _SAVED = (
-    f"before == after ? 'as many bytes of state as with ' + labels[source] : {_MORE}"
+    f"abs(before / after - 1) < 0.01 ? 'about as many bytes of state as with ' + labels[source] : {_MORE}"
     " + ': ' + labels[source] + ' keeps ' + format(before / after, '.2~g') + ' times as much'"
 )
 _BAR_LABELS = "['weights that are trained', 'state of ' + labels[source], 'state of ' + labels[target]]"
@@ -301,7 +302,7 @@ def _bars(width: int):
     return drawn + base.mark_text(align="left", dy=-9, color=INK).encode(x=alt.value(0), text="label:N")
 
 
-# %% ../../nbs/explore/what_does_my_model_get.ipynb #27c24b92
+# %% ../../nbs/explore/what_does_my_model_get.ipynb #d874e68b
 _ROLE_COLORS = {"matrix": ACCENT, "embedding": "#3B82F6", "head": "#10A37F", "vector": MUTED}
 _POWERS = [10.0**n for n in range(-8, 4)]  # ticks of the rates
 _STEPS = {  # rule -> what a step goes along
@@ -318,13 +319,14 @@ def _tensor_points(width: int):
     domain = list(ROLE_ORDER)
     colors = alt.Scale(domain=domain, range=[_ROLE_COLORS[role] for role in domain])
     shapes = alt.Scale(domain=domain, range=["circle", "diamond", "square", "triangle-up"])
+    places = alt.Axis(title="tensors, in the order of the model", tickMinStep=1, format="d")
     words = "'learning rate of each tensor with ' + labels[target] + ', lr=' + format(new_lr, '.2~g')"
     numbers = [alt.Tooltip(name, format=".4~g") for name in ("scale:Q", "rate:Q")]
     return (
         alt.Chart(title=alt.Title(alt.expr(words), frame="group"), width=width, height=240)
         .mark_point(filled=True, opacity=0.8)
         .encode(
-            x=alt.X("place:Q", title="tensors, in the order of the model", scale=alt.Scale(nice=False, padding=8)),
+            x=alt.X("place:Q", axis=places, scale=alt.Scale(nice=False, zero=False, padding=8)),
             y=alt.Y(
                 "rate:Q",
                 title=None,
