@@ -16,6 +16,7 @@ import sys
 from pathlib import Path, PurePosixPath
 
 import live_pages
+import python_pages
 import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,9 +27,10 @@ REDIRECT = """<!doctype html>
 """
 
 
-def process(builder, charts):
+def process(builder, charts, exercises):
     """Notebooks as they appear on the site, in _proc/: documentation of what is exported, hidden cells gone. Always
-    from scratch. The changelog becomes a page among them. What live figures show goes into the list `charts`."""
+    from scratch. The changelog becomes a page among them. What live figures show goes into the list `charts`, and
+    what can be edited on a page into the list `exercises`."""
     from nbdev.config import get_config
     from nbdev.quarto import refresh_quarto_yml
     from nbdev.serve import proc_nbs
@@ -40,6 +42,7 @@ def process(builder, charts):
     for page in sorted(proc.rglob("*.ipynb")):
         notebook = json.loads(page.read_text(encoding="utf-8"))
         live_pages.with_pictures(notebook, charts)
+        python_pages.with_marks(notebook, exercises)
         for cell in notebook["cells"]:
             finish_cell(cell, config, builder)
         page.write_text(json.dumps(notebook), encoding="utf-8")
@@ -145,10 +148,11 @@ def main():
     if builder == "smalldocs" and sys.version_info < (3, 11):
         raise SystemExit("The site needs Quarto 1.9 or later on the PATH, or Python 3.11 or later for smalldocs.")
     os.chdir(ROOT)
-    charts = []
-    proc = process(builder, charts)
+    charts, exercises = [], []
+    proc = process(builder, charts, exercises)
     render(builder, proc)
     live_pages.with_charts(proc / "_docs", charts)
+    python_pages.with_editors(proc / "_docs", exercises)
     shutil.rmtree(ROOT / "_docs", ignore_errors=True)
     shutil.move(proc / "_docs", ROOT / "_docs")
     print(f"The site, built with {builder}: {os.path.relpath(ROOT / '_docs' / 'index.html')}")
