@@ -15,6 +15,7 @@ import subprocess
 import sys
 from pathlib import Path, PurePosixPath
 
+import annotated_pages
 import live_pages
 import python_pages
 import yaml
@@ -137,6 +138,7 @@ def render(builder, proc):
             raise SystemExit(f"{builder} could not build the site (exit code {code}); its messages stand above.")
     if builder == "smalldocs":
         with_mathml(proc / "_docs")
+        annotated_pages.with_numbers(proc / "_docs")
     write_redirects(proc / "_docs")
 
 

@@ -12,7 +12,7 @@
   function edit(place) {
     const exercise = JSON.parse(place.querySelector("script").textContent);
     const text = element("textarea", {
-      value: exercise.cell, rows: exercise.cell.split("\n").length, wrap: "off", spellcheck: false,
+      value: exercise.cell, rows: exercise.cell.split("\n").length + 1, wrap: "off", spellcheck: false,
       autocapitalize: "off", ariaLabel: "Python code",
     });
     const output = element("output", { className: "python-output" });
@@ -32,13 +32,21 @@
 
     function start() {
       if (worker) return;
-      output.textContent = "";
+      output.textContent = "Python is loaded ...";
       run.disabled = true;
       worker = new Worker(new URL("python-worker.js", here));
-      worker.onmessage = ({ data }) => (data.done ? end() : output.append(data));
+      worker.onmessage = ({ data }) => {
+        if (data.started) begin();
+        else if (data.done) end();
+        else output.append(data);
+      };
       worker.onerror = (event) => { event.preventDefault(); end(`Python could not run: ${event.message ?? ""}`); };
-      waiting = setTimeout(() => end(`stopped: not finished after ${SECONDS} seconds`), SECONDS * 1000);
       worker.postMessage({ source: text.value, expected: exercise.expected });
+    }
+
+    function begin() {
+      output.textContent = "";
+      waiting = setTimeout(() => end(`stopped: not finished after ${SECONDS} seconds`), SECONDS * 1000);
     }
 
     function show(code) {
@@ -46,6 +54,8 @@
       text.value = code;
       output.textContent = "";
       text.focus();
+      text.setSelectionRange(0, 0);
+      text.scrollTop = 0;
     }
 
     // a new line begins where the one before it does; Tab keeps its meaning, the next thing on the page

@@ -2,6 +2,7 @@
 importScripts("brython.js", "modules.js");
 
 onmessage = ({ data }) => {
+  postMessage({ started: true });
   // text and numbers of JSON read the same in Python
   const program = `from run_cell import run\nrun(${JSON.stringify(data.source)}, ${JSON.stringify(data.expected)})`;
   __BRYTHON__.runPythonSource(program, "__main__");

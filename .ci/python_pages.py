@@ -14,7 +14,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 CHECK = HERE.parent / "sgd_sai" / "explore" / "written_step.py"
-MARK = re.compile(r'<div class="python-exercise" data-exercise="(\d+)">')
+MARK = re.compile(r'<div\b[^>]*\bdata-exercise="(\d+)"[^>]*>')
 DIRECTIVES = re.compile(r"^#\|.*\n", flags=re.MULTILINE)
 
 
@@ -64,7 +64,7 @@ def write_python(folder):
     data = files("brython") / "data"
     library = (data / "brython_stdlib.js").read_text(encoding="utf-8")
     library = json.loads(re.search(r"var scripts = (\{.*\})\n", library, flags=re.DOTALL)[1])
-    modules = {"math": library["math"]}
+    modules = {name: library[name] for name in ("math", "sys")}
     for name, path in {
         "numpy": HERE / "browser_numpy.py",
         "written_step": CHECK,

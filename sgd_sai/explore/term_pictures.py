@@ -26,7 +26,7 @@ __all__ = [
     "term_figure",
 ]
 
-# %% ../../nbs/explore/term_pictures.ipynb #56e041be
+# %% ../../nbs/explore/term_pictures.ipynb #557eb7a7
 import inspect
 
 import altair as alt
@@ -37,7 +37,7 @@ from ..internals.figure_style import ACCENT, INK, MUTED
 from ..sgd_sai import SGDSaI
 from .live_figure import LiveFigure, four_digits
 
-# %% ../../nbs/explore/term_pictures.ipynb #83bebdbc
+# %% ../../nbs/explore/term_pictures.ipynb #dc1b1e70
 TERMS = ("g", "G", "m", "decay", "step")
 
 
@@ -53,7 +53,7 @@ def numbered_step(theta, state, lr, mu, wd):
     theta -= lr * state["G"] * m  # <5>
 
 
-# %% ../../nbs/explore/term_pictures.ipynb #e69219ee
+# %% ../../nbs/explore/term_pictures.ipynb #f8013449
 def numbered_lines(
     source: str,  # the source of a function
 ) -> list:  # for each line but the docstring: its text, how far it is indented, and its term or None
@@ -67,7 +67,7 @@ def numbered_lines(
     return lines
 
 
-# %% ../../nbs/explore/term_pictures.ipynb #364d9ac8
+# %% ../../nbs/explore/term_pictures.ipynb #66e787be
 SETTINGS = {"lr": 0.03, "momentum": 0.9, "weight_decay": 0.1}
 
 
@@ -96,7 +96,7 @@ def step_of_digits(
     return found
 
 
-# %% ../../nbs/explore/term_pictures.ipynb #f120cc18
+# %% ../../nbs/explore/term_pictures.ipynb #0ee730c1
 def term_effects(
     part: dict,  # one tensor of step_of_digits
 ) -> dict:  # for each term: a tensor that goes in, one that comes out
@@ -112,7 +112,7 @@ def term_effects(
     }
 
 
-# %% ../../nbs/explore/term_pictures.ipynb #34593a05
+# %% ../../nbs/explore/term_pictures.ipynb #a461f6c7
 def root_mean_square(
     x: torch.Tensor,  # of any shape
 ) -> float:  # in the unit of x
@@ -142,7 +142,7 @@ def size_rows(
     return [
         {
             "term": term,
-            "tensor": f"{name}, {part['g'].numel():,}",
+            "tensor": f"{name} ({part['g'].numel():,})",
             "before": root_mean_square(before),
             "after": root_mean_square(after),
         }
@@ -151,7 +151,7 @@ def size_rows(
     ]
 
 
-# %% ../../nbs/explore/term_pictures.ipynb #52299afa
+# %% ../../nbs/explore/term_pictures.ipynb #8890bcce
 EQUATION = (
     (("g", "g"), ("=", "g"), ("∇ loss(θ)", "g")),
     (("G", "G"), ("=", "G"), ("‖g‖ / σ(g)", "G"), ("at the first step", "G")),
@@ -180,7 +180,7 @@ def equation_rows() -> list:
     for number, pieces in enumerate(EQUATION):
         x = 0.0
         for text, term in pieces:
-            width = 8 * len(text) + 9
+            width = 8 * max(len(text), 2) + 9
             rows.append({"text": text, "term": term, "x": x, "x2": x + width, "left": x + 4, "y": 30 * number})
             x += width
     return rows
@@ -197,7 +197,7 @@ def code_rows(
     return placed
 
 
-# %% ../../nbs/explore/term_pictures.ipynb #81b4aea0
+# %% ../../nbs/explore/term_pictures.ipynb #d9341057
 def term_selection():
     "The term that is pointed at, touched, or chosen with a button."
     on_a_term = "[event.item && event.item.datum && event.item.datum.term]"
@@ -224,7 +224,7 @@ def hover_view(
     base = alt.Chart(alt.Data(values=rows)).transform_calculate(
         y2=f"datum.y + {row_height}", middle=f"datum.y + {row_height / 2}"
     )
-    boxes = base.mark_rect(color=ACCENT, cornerRadius=3).encode(
+    boxes = base.mark_rect(color=ACCENT, cornerRadius=3, cursor="pointer", aria=False).encode(
         x=alt.X("x:Q", **pixels),
         x2="x2:Q",
         y=alt.Y("y:Q", **pixels),
@@ -235,13 +235,14 @@ def hover_view(
         x=alt.X("left:Q", **pixels),
         y=alt.Y("middle:Q", **pixels),
         text="text:N",
+        description="text:N",
         color=alt.condition(chosen, alt.value(ACCENT), alt.value(INK)),
     )
     height = rows[-1]["y"] + row_height
     return alt.layer(boxes.add_params(chosen), texts).properties(width=300, height=height)
 
 
-# %% ../../nbs/explore/term_pictures.ipynb #fb4861b1
+# %% ../../nbs/explore/term_pictures.ipynb #fcd1b73b
 def word_rows(
     effects: dict,  # of the first weight, from term_effects
 ) -> list:  # pieces of text, in the coordinates of the maps
@@ -264,7 +265,7 @@ def map_view(
     y = alt.Y("y:Q", scale=alt.Scale(domain=[15.5, -8], nice=False), axis=None)
     squares = (
         alt.Chart(alt.Data(values=[map_row(effects, term) for term in TERMS]))
-        .mark_square(opacity=1)
+        .mark_square(opacity=1, aria=False)
         .transform_filter(chosen)
         .transform_flatten(["x", "y", "value"])
         .transform_calculate(area="abs(datum.value)")
@@ -279,12 +280,12 @@ def map_view(
         alt.Chart(alt.Data(values=word_rows(effects)))
         .mark_text(align="left", baseline="middle", fontSize=11.5, color=INK)
         .transform_filter(chosen)
-        .encode(x=x, y=y, text="text:N")
+        .encode(x=x, y=y, text="text:N", description="text:N")
     )
     return alt.layer(squares, words).properties(width=300, height=210)
 
 
-# %% ../../nbs/explore/term_pictures.ipynb #fec3d10b
+# %% ../../nbs/explore/term_pictures.ipynb #cf109dff
 def size_view(
     taken: dict,  # from step_of_digits
     chosen,  # from term_selection
@@ -298,7 +299,7 @@ def size_view(
     before, after = (alt.X(f"{side}:Q", scale=scale, axis=axis) for side in ("before", "after"))
     tooltip = ["tensor:N", "before:Q", "after:Q"]
     names = base.mark_text(align="left", color=MUTED, fontSize=11).encode(x=alt.value(0), text="tensor:N")
-    lines = base.mark_rule(color=MUTED).encode(x=before, x2="after:Q")
+    lines = base.mark_rule(color=MUTED, aria=False).encode(x=before, x2="after:Q")
     rings = base.mark_point(color=MUTED, size=45).encode(x=before, tooltip=tooltip)
     dots = base.mark_point(color=ACCENT, filled=True, opacity=1, size=55).encode(x=after, tooltip=tooltip)
     return alt.layer(lines, rings, dots, names).properties(width=300, height=76)
