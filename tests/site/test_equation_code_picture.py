@@ -77,7 +77,7 @@ def test_pointing_at_the_equation_changes_code_and_picture(page, sizes):
         assert shows(page, term)
         assert printed_sizes(page) == pytest.approx(sizes[term], rel=0.03)
         squares = page.locator(".live-figure svg .mark-symbol path").evaluate_all(
-            "all => all.map(one => one.getAttribute('d')).join()"
+            "all => all.map(one => one.getAttribute('d') + one.getAttribute('fill')).join()"
         )
         pictures.add(squares)
     assert len(pictures) == len(TERMS)
