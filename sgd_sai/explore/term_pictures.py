@@ -26,7 +26,7 @@ __all__ = [
     "term_figure",
 ]
 
-# %% ../../nbs/explore/term_pictures.ipynb #557eb7a7
+# %% ../../nbs/explore/term_pictures.ipynb #2f3a6c1e
 import inspect
 
 import altair as alt
@@ -37,7 +37,7 @@ from ..internals.figure_style import ACCENT, INK, MUTED
 from ..sgd_sai import SGDSaI
 from .live_figure import LiveFigure, four_digits
 
-# %% ../../nbs/explore/term_pictures.ipynb #dc1b1e70
+# %% ../../nbs/explore/term_pictures.ipynb #b7069c93
 TERMS = ("g", "G", "m", "decay", "step")
 
 
@@ -53,7 +53,7 @@ def numbered_step(theta, state, lr, mu, wd):
     theta -= lr * state["G"] * m  # <5>
 
 
-# %% ../../nbs/explore/term_pictures.ipynb #f8013449
+# %% ../../nbs/explore/term_pictures.ipynb #5cc89646
 def numbered_lines(
     source: str,  # the source of a function
 ) -> list:  # for each line but the docstring: its text, how far it is indented, and its term or None
@@ -67,7 +67,7 @@ def numbered_lines(
     return lines
 
 
-# %% ../../nbs/explore/term_pictures.ipynb #66e787be
+# %% ../../nbs/explore/term_pictures.ipynb #ddd5f06e
 SETTINGS = {"lr": 0.03, "momentum": 0.9, "weight_decay": 0.1}
 
 
@@ -96,7 +96,7 @@ def step_of_digits(
     return found
 
 
-# %% ../../nbs/explore/term_pictures.ipynb #0ee730c1
+# %% ../../nbs/explore/term_pictures.ipynb #3a180bf4
 def term_effects(
     part: dict,  # one tensor of step_of_digits
 ) -> dict:  # for each term: a tensor that goes in, one that comes out
@@ -112,7 +112,7 @@ def term_effects(
     }
 
 
-# %% ../../nbs/explore/term_pictures.ipynb #a461f6c7
+# %% ../../nbs/explore/term_pictures.ipynb #36ea27fc
 def root_mean_square(
     x: torch.Tensor,  # of any shape
 ) -> float:  # in the unit of x
@@ -151,7 +151,7 @@ def size_rows(
     ]
 
 
-# %% ../../nbs/explore/term_pictures.ipynb #8890bcce
+# %% ../../nbs/explore/term_pictures.ipynb #d6d69e81
 EQUATION = (
     (("g", "g"), ("=", "g"), ("∇ loss(θ)", "g")),
     (("G", "G"), ("=", "G"), ("‖g‖ / σ(g)", "G"), ("at the first step", "G")),
@@ -197,7 +197,7 @@ def code_rows(
     return placed
 
 
-# %% ../../nbs/explore/term_pictures.ipynb #d9341057
+# %% ../../nbs/explore/term_pictures.ipynb #f50d7a1c
 def term_selection():
     "The term that is pointed at, touched, or chosen with a button."
     on_a_term = "[event.item && event.item.datum && event.item.datum.term]"
@@ -205,7 +205,7 @@ def term_selection():
         name="term",
         fields=["term"],
         value=[{"term": "m"}],
-        on=f"pointerover{on_a_term}, click{on_a_term}",
+        on=f"mouseover{on_a_term}, click{on_a_term}",
         clear=False,
         toggle=False,
         empty=False,
@@ -242,7 +242,7 @@ def hover_view(
     return alt.layer(boxes.add_params(chosen), texts).properties(width=300, height=height)
 
 
-# %% ../../nbs/explore/term_pictures.ipynb #fcd1b73b
+# %% ../../nbs/explore/term_pictures.ipynb #7b5a6226
 def word_rows(
     effects: dict,  # of the first weight, from term_effects
 ) -> list:  # pieces of text, in the coordinates of the maps
@@ -285,7 +285,7 @@ def map_view(
     return alt.layer(squares, words).properties(width=300, height=210)
 
 
-# %% ../../nbs/explore/term_pictures.ipynb #cf109dff
+# %% ../../nbs/explore/term_pictures.ipynb #b8235f24
 def size_view(
     taken: dict,  # from step_of_digits
     chosen,  # from term_selection
