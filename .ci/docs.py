@@ -15,8 +15,10 @@ import subprocess
 import sys
 from pathlib import Path, PurePosixPath
 
+import annotated_pages
 import api_pages
 import live_pages
+import python_pages
 import yaml
 from folded_tables import fold_outputs
 from lighter_site import lighten
@@ -29,9 +31,10 @@ REDIRECT = """<!doctype html>
 """
 
 
-def process(builder, charts):
+def process(builder, charts, exercises):
     """Notebooks as they appear on the site, in _proc/: documentation of what is exported, hidden cells gone. Always
-    from scratch. The changelog becomes a page among them. What live figures show goes into the list `charts`."""
+    from scratch. The changelog becomes a page among them. What live figures show goes into the list `charts`, and
+    what can be edited on a page into the list `exercises`."""
     from nbdev.config import get_config
     from nbdev.quarto import refresh_quarto_yml
     from nbdev.serve import proc_nbs
@@ -44,6 +47,7 @@ def process(builder, charts):
         notebook = json.loads(page.read_text(encoding="utf-8"))
         api_pages.finish_page(notebook, ROOT / "nbs" / page.relative_to(proc))
         live_pages.with_pictures(notebook, charts)
+        python_pages.with_marks(notebook, exercises)
         for cell in notebook["cells"]:
             finish_cell(cell, config, builder)
         page.write_text(json.dumps(notebook), encoding="utf-8")
@@ -147,6 +151,7 @@ def render(builder, proc):
             raise SystemExit(f"{builder} could not build the site (exit code {code}); its messages stand above.")
     if builder == "smalldocs":
         with_mathml(proc / "_docs")
+        annotated_pages.with_numbers(proc / "_docs")
     write_redirects(proc / "_docs")
     lighten(proc / "_docs")
 
@@ -159,10 +164,11 @@ def main():
     if builder == "smalldocs" and sys.version_info < (3, 11):
         raise SystemExit("The site needs Quarto 1.9 or later on the PATH, or Python 3.11 or later for smalldocs.")
     os.chdir(ROOT)
-    charts = []
-    proc = process(builder, charts)
+    charts, exercises = [], []
+    proc = process(builder, charts, exercises)
     render(builder, proc)
     live_pages.with_charts(proc / "_docs", charts)
+    python_pages.with_editors(proc / "_docs", exercises)
     shutil.rmtree(ROOT / "_docs", ignore_errors=True)
     shutil.move(proc / "_docs", ROOT / "_docs")
     print(f"The site, built with {builder}: {os.path.relpath(ROOT / '_docs' / 'index.html')}")

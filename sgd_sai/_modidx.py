@@ -3760,6 +3760,68 @@ d = {
                 "sgd_sai/explore/singular_values.py",
             ),
         },
+        "sgd_sai.explore.term_pictures": {
+            "sgd_sai.explore.term_pictures.code_rows": (
+                "explore/term_pictures.html#code_rows",
+                "sgd_sai/explore/term_pictures.py",
+            ),
+            "sgd_sai.explore.term_pictures.equation_rows": (
+                "explore/term_pictures.html#equation_rows",
+                "sgd_sai/explore/term_pictures.py",
+            ),
+            "sgd_sai.explore.term_pictures.hover_view": (
+                "explore/term_pictures.html#hover_view",
+                "sgd_sai/explore/term_pictures.py",
+            ),
+            "sgd_sai.explore.term_pictures.map_row": (
+                "explore/term_pictures.html#map_row",
+                "sgd_sai/explore/term_pictures.py",
+            ),
+            "sgd_sai.explore.term_pictures.map_view": (
+                "explore/term_pictures.html#map_view",
+                "sgd_sai/explore/term_pictures.py",
+            ),
+            "sgd_sai.explore.term_pictures.numbered_lines": (
+                "explore/term_pictures.html#numbered_lines",
+                "sgd_sai/explore/term_pictures.py",
+            ),
+            "sgd_sai.explore.term_pictures.numbered_step": (
+                "explore/term_pictures.html#numbered_step",
+                "sgd_sai/explore/term_pictures.py",
+            ),
+            "sgd_sai.explore.term_pictures.root_mean_square": (
+                "explore/term_pictures.html#root_mean_square",
+                "sgd_sai/explore/term_pictures.py",
+            ),
+            "sgd_sai.explore.term_pictures.size_rows": (
+                "explore/term_pictures.html#size_rows",
+                "sgd_sai/explore/term_pictures.py",
+            ),
+            "sgd_sai.explore.term_pictures.size_view": (
+                "explore/term_pictures.html#size_view",
+                "sgd_sai/explore/term_pictures.py",
+            ),
+            "sgd_sai.explore.term_pictures.step_of_digits": (
+                "explore/term_pictures.html#step_of_digits",
+                "sgd_sai/explore/term_pictures.py",
+            ),
+            "sgd_sai.explore.term_pictures.term_effects": (
+                "explore/term_pictures.html#term_effects",
+                "sgd_sai/explore/term_pictures.py",
+            ),
+            "sgd_sai.explore.term_pictures.term_figure": (
+                "explore/term_pictures.html#term_figure",
+                "sgd_sai/explore/term_pictures.py",
+            ),
+            "sgd_sai.explore.term_pictures.term_selection": (
+                "explore/term_pictures.html#term_selection",
+                "sgd_sai/explore/term_pictures.py",
+            ),
+            "sgd_sai.explore.term_pictures.word_rows": (
+                "explore/term_pictures.html#word_rows",
+                "sgd_sai/explore/term_pictures.py",
+            ),
+        },
         "sgd_sai.explore.the_runs": {
             "sgd_sai.explore.the_runs._colors": ("explore/the_runs.html#_colors", "sgd_sai/explore/the_runs.py"),
             "sgd_sai.explore.the_runs._curve": ("explore/the_runs.html#_curve", "sgd_sai/explore/the_runs.py"),
@@ -3875,6 +3937,48 @@ d = {
             "sgd_sai.explore.what_does_my_model_get.what_it_gets": (
                 "explore/what_does_my_model_get.html#what_it_gets",
                 "sgd_sai/explore/what_does_my_model_get.py",
+            ),
+        },
+        "sgd_sai.explore.written_step": {
+            "sgd_sai.explore.written_step._agree": (
+                "explore/written_step.html#_agree",
+                "sgd_sai/explore/written_step.py",
+            ),
+            "sgd_sai.explore.written_step._close": (
+                "explore/written_step.html#_close",
+                "sgd_sai/explore/written_step.py",
+            ),
+            "sgd_sai.explore.written_step._lengths": (
+                "explore/written_step.html#_lengths",
+                "sgd_sai/explore/written_step.py",
+            ),
+            "sgd_sai.explore.written_step._wrong_decay": (
+                "explore/written_step.html#_wrong_decay",
+                "sgd_sai/explore/written_step.py",
+            ),
+            "sgd_sai.explore.written_step._wrong_momentum": (
+                "explore/written_step.html#_wrong_momentum",
+                "sgd_sai/explore/written_step.py",
+            ),
+            "sgd_sai.explore.written_step._wrong_scale": (
+                "explore/written_step.html#_wrong_scale",
+                "sgd_sai/explore/written_step.py",
+            ),
+            "sgd_sai.explore.written_step._wrong_step": (
+                "explore/written_step.html#_wrong_step",
+                "sgd_sai/explore/written_step.py",
+            ),
+            "sgd_sai.explore.written_step.check_step": (
+                "explore/written_step.html#check_step",
+                "sgd_sai/explore/written_step.py",
+            ),
+            "sgd_sai.explore.written_step.run_of_step": (
+                "explore/written_step.html#run_of_step",
+                "sgd_sai/explore/written_step.py",
+            ),
+            "sgd_sai.explore.written_step.wrong_parts": (
+                "explore/written_step.html#wrong_parts",
+                "sgd_sai/explore/written_step.py",
             ),
         },
         "sgd_sai.gradient_graphs": {
