@@ -163,7 +163,7 @@ def drive_rows(
     return rows
 
 
-# %% ../../nbs/explore/drive_the_step.ipynb #6c36f7be
+# %% ../../nbs/explore/drive_the_step.ipynb #33955c67
 _CHOSEN = "datum.rate == rate_number && datum.momentum == momentum_number && datum.layers == layers_number"
 _WIDTHS = str([list(widths) for widths in WIDTHS]) + "[layers_number]"
 

@@ -2,9 +2,11 @@
 
 import base64
 import copy
+import re
 import sys
 from types import SimpleNamespace
 
+import altair as alt
 import pytest
 import torch
 from pages import ROOT, cells, notebooks, page_name
@@ -12,6 +14,7 @@ from saved_outputs import CHART, differences
 
 from sgd_sai import SGDSaI
 from sgd_sai.explore.drive_the_step import MOMENTA, STEPS, WIDTHS, layer_loss, random_layers
+from sgd_sai.explore.live_figure import LiveFigure
 from sgd_sai.orthogonalize import orthogonalize
 
 LIVE, DRIVE, SINGULAR = "explore/live_figure.html", "explore/drive_the_step.html", "explore/singular_values.html"
@@ -124,6 +127,14 @@ def test_saved_charts_are_compared_by_their_numbers():
     assert len(differences(cell, saved, now)) == 1
     now[0]["data"] = {"image/png": "a picture alone"}
     assert len(differences(cell, saved, now)) == 1
+
+
+def test_colab_gets_a_page_with_its_scripts_inside(monkeypatch):
+    figure = LiveFigure(alt.Chart(alt.Data(values=[{"x": 1}])).mark_point().encode(x="x:Q"), "a point")
+    assert "text/html" not in figure._repr_mimebundle_()
+    monkeypatch.setitem(sys.modules, "google.colab", SimpleNamespace())
+    page = figure._repr_mimebundle_()["text/html"]
+    assert len(page) > 500_000 and not re.search(r"<(script|link)[^>]*(src|href)=", page)
 
 
 # --- drive the step -------------------------------------------------------------------------------------------------
