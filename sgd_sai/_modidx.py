@@ -3355,10 +3355,6 @@ d = {
                 "experiments/tasks/task.html#task",
                 "sgd_sai/experiments/tasks/task.py",
             ),
-            "sgd_sai.experiments.tasks.task.Task.__post_init__": (
-                "experiments/tasks/task.html#task.__post_init__",
-                "sgd_sai/experiments/tasks/task.py",
-            ),
             "sgd_sai.experiments.tasks.task.Task.higher_is_better": (
                 "experiments/tasks/task.html#task.higher_is_better",
                 "sgd_sai/experiments/tasks/task.py",
@@ -3371,8 +3367,8 @@ d = {
                 "experiments/tasks/task.html#unit",
                 "sgd_sai/experiments/tasks/task.py",
             ),
-            "sgd_sai.experiments.tasks.task._check_task": (
-                "experiments/tasks/task.html#_check_task",
+            "sgd_sai.experiments.tasks.task._check_and_complete": (
+                "experiments/tasks/task.html#_check_and_complete",
                 "sgd_sai/experiments/tasks/task.py",
             ),
             "sgd_sai.experiments.tasks.task.data_folder": (

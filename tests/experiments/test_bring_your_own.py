@@ -178,7 +178,7 @@ RUN_SLIPS = {
     "share": (
         "labels).sum()",
         "labels).float().mean()",
-        "correct is 0.0859, not a number of hits|not a number of hits",
+        "not a number of hits",
     ),
     "none": ("labels), correct", "labels), None", "correct is None, but the metric is accuracy"),
     "line": ("m.lerp_(p.grad,", "m.lerp_(p.gard,", r"AttributeError: .*gard.* \(my_file.py, line 5\d\)"),
@@ -245,7 +245,7 @@ def test_an_optimizer_may_take_the_model_and_differentiate_twice(clean, tmp_path
     assert graphs == [(None, True)] * 2
 
 
-def test_a_task_of_nine_fields(clean):
+def test_a_task_of_eight_fields(clean):
     numbers = dict(steps=10, batch_size=2, eval_every=5)
     task = Task(name="short", load=len, build=len, loss=len, metric="val_loss", **numbers)
     assert (task.title, task.minutes, task.warmup, task.clip, task.settings) == ("short", None, 0, None, {})

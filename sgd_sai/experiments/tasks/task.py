@@ -29,6 +29,7 @@ import os
 import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 from typing import Callable, NamedTuple
 
@@ -76,10 +77,30 @@ POINTS = Unit("points", scale=100, digits=2, close=0.003, margin=0.007)
 NATS = Unit("nats", scale=1, digits=3, close=0.01, margin=0.03)
 SQUARED_ERROR = Unit("squared error", scale=1, digits=4, close=0.001, margin=0.003)
 
-# %% ../../../nbs/experiments/tasks/task.ipynb #369789d9
+# %% ../../../nbs/experiments/tasks/task.ipynb #d0a22603
 METRICS = ("accuracy", "val_loss")
 
 
+def _check_and_complete(task):
+    "Name a task without a title. Raises `UsageError`, with the name of the field, for a value that is not possible."
+    object.__setattr__(task, "title", task.title or task.name)  # the dataclass is frozen
+    for name in ("load", "build", "loss"):
+        if not callable(getattr(task, name)):
+            raise UsageError(f"{name} of {task.name}: {getattr(task, name)!r} is not a function")
+    for name in ("steps", "batch_size", "eval_every", "accumulate"):
+        value = getattr(task, name)
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+            raise UsageError(f"{name} of {task.name}: {value!r} is not a whole number from 1")
+    if task.metric not in METRICS:
+        raise unknown(f"metric of {task.name}", str(task.metric), METRICS)
+    for name, values in task.settings.items():
+        if not isinstance(values, dict):
+            raise UsageError(
+                f"settings of {task.name}, {name}: {values!r} is no dict of hyperparameters, as in {{'lr': 0.01}}"
+            )
+
+
+# %% ../../../nbs/experiments/tasks/task.ipynb #369789d9
 @dataclass(frozen=True, kw_only=True)
 class Task:
     "A training problem without the optimizer."
@@ -98,9 +119,7 @@ class Task:
     warmup: int = 0  # steps of linear warm-up; then follows a cosine down to a tenth, or milestones
     eval_every: int  # steps between evaluations
     clip: float | None = None  # largest gradient norm; None: no clipping
-    settings: dict = field(
-        default_factory=dict, repr=False
-    )  # optimizer name -> hyperparameters; weight decay acts on matrices alone
+    settings: dict = field(default_factory=dict, repr=False)  # optimizer -> hyperparameters; decay is for matrices
     replacement: bool = False  # draw items with replacement (random windows of a text) instead of by epochs
     milestones: tuple = ()  # fractions of the run at which lr drops to a tenth, instead of the cosine
     accumulate: int = 1  # parts in which a batch is processed, one after the other, to save memory
@@ -108,9 +127,7 @@ class Task:
     loader_workers: int = 0  # processes that prepare batches, where decoding or augmentation is slow
     loss_unit: Unit = NATS  # of val_loss
 
-    def __post_init__(self):
-        object.__setattr__(self, "title", self.title or self.name)  # the dataclass is frozen
-        _check_task(self)
+    __post_init__ = _check_and_complete
 
     @property
     def higher_is_better(self) -> bool:
@@ -121,25 +138,6 @@ class Task:
     def unit(self) -> Unit:
         "The unit of the metric."
         return POINTS if self.metric == "accuracy" else self.loss_unit
-
-
-# %% ../../../nbs/experiments/tasks/task.ipynb #d0a22603
-def _check_task(task: Task):
-    "Raise `UsageError`, with the name of the field, for a value of a task that is not possible."
-    for name in ("load", "build", "loss"):
-        if not callable(getattr(task, name)):
-            raise UsageError(f"{name} of {task.name}: {getattr(task, name)!r} is not a function")
-    for name in ("steps", "batch_size", "eval_every", "accumulate"):
-        value = getattr(task, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise UsageError(f"{name} of {task.name}: {value!r} is not a whole number from 1")
-    if task.metric not in METRICS:
-        raise unknown(f"metric of {task.name}", str(task.metric), METRICS)
-    for name, values in task.settings.items():
-        if not isinstance(values, dict):
-            raise UsageError(
-                f"settings of {task.name}, {name}: {values!r} is no dict of hyperparameters, as in {{'lr': 0.01}}"
-            )
 
 
 # %% ../../../nbs/experiments/tasks/task.ipynb #8416016b
