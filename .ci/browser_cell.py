@@ -4,7 +4,7 @@ import sys
 
 import numpy as np
 from browser import self as worker
-from written_step import check_step
+from written_step import judge_step
 
 CELL = "<string>"  # what exec calls a text; Brython cannot run all that its compile gives
 
@@ -30,9 +30,9 @@ def place(error):
 
 
 def run(source, expected):
-    "Run a cell that uses np, check_step and expected, as its notebook has them."
+    "Run a cell that uses np, judge_step and expected, as its notebook has them."
     sys.stdout = sys.stderr = Page()
-    names = {"__name__": "__main__", "np": np, "check_step": check_step, "expected": expected}
+    names = {"__name__": "__main__", "np": np, "judge_step": judge_step, "expected": expected}
     try:
         exec(source, names)
     except Exception as error:

@@ -3964,8 +3964,8 @@ d = {
                 "explore/written_step.html#_wrong_step",
                 "sgd_sai/explore/written_step.py",
             ),
-            "sgd_sai.explore.written_step.check_step": (
-                "explore/written_step.html#check_step",
+            "sgd_sai.explore.written_step.judge_step": (
+                "explore/written_step.html#judge_step",
                 "sgd_sai/explore/written_step.py",
             ),
             "sgd_sai.explore.written_step.run_of_step": (

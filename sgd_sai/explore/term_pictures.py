@@ -26,7 +26,7 @@ __all__ = [
     "term_figure",
 ]
 
-# %% ../../nbs/explore/term_pictures.ipynb #2f3a6c1e
+# %% ../../nbs/explore/term_pictures.ipynb #df77ce15
 import inspect
 
 import altair as alt
@@ -37,13 +37,13 @@ from ..internals.figure_style import ACCENT, INK, MUTED
 from ..sgd_sai import SGDSaI
 from .live_figure import LiveFigure, four_digits
 
-# %% ../../nbs/explore/term_pictures.ipynb #b7069c93
+# %% ../../nbs/explore/term_pictures.ipynb #0db62375
 TERMS = ("g", "G", "m", "decay", "step")
 
 
 @torch.no_grad()
 def numbered_step(theta, state, lr, mu, wd):
-    "One step of SGD-SaI. `state` is a dictionary, empty before the first step."
+    "One step of SGD-SaI on a tensor that has a gradient. `state` is a dictionary, empty before the first step."
     g = theta.grad  # <1>
     if "G" not in state:  # <2>
         state["G"] = g.norm() / g.std()  # <2>
@@ -53,7 +53,7 @@ def numbered_step(theta, state, lr, mu, wd):
     theta -= lr * state["G"] * m  # <5>
 
 
-# %% ../../nbs/explore/term_pictures.ipynb #5cc89646
+# %% ../../nbs/explore/term_pictures.ipynb #7ee0c95a
 def numbered_lines(
     source: str,  # the source of a function
 ) -> list:  # for each line but the docstring: its text, how far it is indented, and its term or None
@@ -67,7 +67,7 @@ def numbered_lines(
     return lines
 
 
-# %% ../../nbs/explore/term_pictures.ipynb #ddd5f06e
+# %% ../../nbs/explore/term_pictures.ipynb #34e86857
 SETTINGS = {"lr": 0.03, "momentum": 0.9, "weight_decay": 0.1}
 
 
@@ -96,7 +96,7 @@ def step_of_digits(
     return found
 
 
-# %% ../../nbs/explore/term_pictures.ipynb #3a180bf4
+# %% ../../nbs/explore/term_pictures.ipynb #ffe55d13
 def term_effects(
     part: dict,  # one tensor of step_of_digits
 ) -> dict:  # for each term: a tensor that goes in, one that comes out
@@ -112,7 +112,7 @@ def term_effects(
     }
 
 
-# %% ../../nbs/explore/term_pictures.ipynb #36ea27fc
+# %% ../../nbs/explore/term_pictures.ipynb #2c7c850e
 def root_mean_square(
     x: torch.Tensor,  # of any shape
 ) -> float:  # in the unit of x
@@ -151,7 +151,7 @@ def size_rows(
     ]
 
 
-# %% ../../nbs/explore/term_pictures.ipynb #d6d69e81
+# %% ../../nbs/explore/term_pictures.ipynb #e5472400
 EQUATION = (
     (("g", "g"), ("=", "g"), ("∇ loss(θ)", "g")),
     (("G", "G"), ("=", "G"), ("‖g‖ / σ(g)", "G"), ("at the first step", "G")),
@@ -174,6 +174,7 @@ SENTENCES = {
 }
 
 
+# %% ../../nbs/explore/term_pictures.ipynb #b4a3f4e6
 def equation_rows() -> list:
     "The pieces of the equation and their places, in pixels."
     rows = []
@@ -197,7 +198,7 @@ def code_rows(
     return placed
 
 
-# %% ../../nbs/explore/term_pictures.ipynb #f50d7a1c
+# %% ../../nbs/explore/term_pictures.ipynb #a7f1bbfa
 def term_selection():
     "The term that is pointed at, touched, or chosen with a button."
     on_a_term = "[event.item && event.item.datum && event.item.datum.term]"
@@ -213,6 +214,7 @@ def term_selection():
     )
 
 
+# %% ../../nbs/explore/term_pictures.ipynb #60435d64
 def hover_view(
     rows: list,  # pieces of text with their places
     chosen,  # from term_selection
@@ -242,7 +244,7 @@ def hover_view(
     return alt.layer(boxes.add_params(chosen), texts).properties(width=300, height=height)
 
 
-# %% ../../nbs/explore/term_pictures.ipynb #7b5a6226
+# %% ../../nbs/explore/term_pictures.ipynb #24ac154e
 def word_rows(
     effects: dict,  # of the first weight, from term_effects
 ) -> list:  # pieces of text, in the coordinates of the maps
@@ -256,6 +258,7 @@ def word_rows(
     return rows
 
 
+# %% ../../nbs/explore/term_pictures.ipynb #c951a1fa
 def map_view(
     effects: dict,  # of the first weight, from term_effects
     chosen,  # from term_selection
@@ -285,7 +288,7 @@ def map_view(
     return alt.layer(squares, words).properties(width=300, height=210)
 
 
-# %% ../../nbs/explore/term_pictures.ipynb #b8235f24
+# %% ../../nbs/explore/term_pictures.ipynb #e4c90a18
 def size_view(
     taken: dict,  # from step_of_digits
     chosen,  # from term_selection

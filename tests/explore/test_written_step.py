@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sgd_sai import SGDSaI
-from sgd_sai.explore.written_step import PARTS, check_step, wrong_parts
+from sgd_sai.explore.written_step import PARTS, judge_step, wrong_parts
 
 THETA = [1.0, -2.0, 0.5, 3.0, -1.0, 2.0]
 GRADIENTS = np.random.default_rng(0).standard_normal((4, 6)).astype("float32").tolist()
@@ -65,7 +65,7 @@ def step_from(source):
 def test_a_right_step_is_right(capsys):
     step = step_from(RIGHT)
     assert wrong_parts(step, EXPECTED) == dict.fromkeys(PARTS)
-    check_step(step, EXPECTED)
+    judge_step(step, EXPECTED)
     assert "all four parts right" in capsys.readouterr().out
 
 
@@ -84,7 +84,7 @@ def test_a_step_may_change_what_it_gets():
 
 
 def test_momentum_and_decay_wait_for_the_scale(capsys):
-    check_step(step_from(RIGHT.replace("ddof=1", "")), EXPECTED)
+    judge_step(step_from(RIGHT.replace("ddof=1", "")), EXPECTED)
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines[:4]] == ["right", "wrong:", "waits", "waits"]
     assert lines[4] == "1 of 4 parts right"
@@ -97,5 +97,5 @@ def test_what_is_no_parameter_is_refused(end, message):
 
 
 def test_not_written_yet(capsys):
-    check_step(step_from("def step(*values):\n    raise NotImplementedError"), EXPECTED)
+    judge_step(step_from("def step(*values):\n    raise NotImplementedError"), EXPECTED)
     assert capsys.readouterr().out == "not written yet\n"
