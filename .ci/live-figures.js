@@ -3,22 +3,29 @@
 (() => {
   const NARROW = 560;
 
+  const parts = (spec) => spec.hconcat ?? spec.vconcat ?? spec.concat ?? (spec.spec ? [spec.spec] : []);
+  const views = (spec) => (parts(spec).length ? parts(spec).flatMap(views) : [spec]);
+
+  // the views below each other, and all as wide as the widest
   function stack(spec) {
     if (spec.hconcat) {
       spec.vconcat = spec.hconcat;
       delete spec.hconcat;
-      const widest = Math.max(...spec.vconcat.map((view) => view.width ?? 0));
-      spec.vconcat.forEach((view) => { if (typeof view.width === "number") view.width = widest; });
     }
-    (spec.vconcat ?? spec.concat ?? []).forEach(stack);
-    if (spec.concat || spec.facet) spec.columns = 1;
+    if (spec.concat || spec.spec) spec.columns = 1;
+    parts(spec).forEach(stack);
   }
 
+  function level(spec) {
+    const sized = views(spec).filter((view) => typeof view.width === "number");
+    const widest = Math.max(...sized.map((view) => view.width));
+    sized.forEach((view) => { view.width = widest; });
+  }
+
+  // so many pixels more, shared by what stands side by side
   function widen(spec, pixels) {
-    const row = spec.hconcat ?? (spec.columns > 1 ? spec.concat?.slice(0, spec.columns) : null);
-    const views = spec.hconcat ?? spec.vconcat ?? spec.concat;
-    if (views) views.forEach((view) => widen(view, pixels / (row?.length ?? 1)));
-    else if (spec.spec) widen(spec.spec, pixels / (spec.columns ?? 1));
+    const beside = spec.hconcat?.length ?? spec.columns ?? 1;
+    if (parts(spec).length) parts(spec).forEach((part) => widen(part, pixels / beside));
     else if (typeof (spec.width ?? 300) === "number") spec.width = Math.max(80, (spec.width ?? 300) + pixels);
   }
 
@@ -28,6 +35,7 @@
     spec.background = null;
     if (column < NARROW) {
       stack(spec);
+      level(spec);
       spec.config.legend = { ...spec.config.legend, columns: 2 };
     }
     const chart = document.createElement("div");

@@ -3454,6 +3454,80 @@ d = {
                 "sgd_sai/experiments/train.py",
             ),
         },
+        "sgd_sai.explore.drive_the_step": {
+            "sgd_sai.explore.drive_the_step.Drive": (
+                "explore/drive_the_step.html#drive",
+                "sgd_sai/explore/drive_the_step.py",
+            ),
+            "sgd_sai.explore.drive_the_step._adam": (
+                "explore/drive_the_step.html#_adam",
+                "sgd_sai/explore/drive_the_step.py",
+            ),
+            "sgd_sai.explore.drive_the_step._colors": (
+                "explore/drive_the_step.html#_colors",
+                "sgd_sai/explore/drive_the_step.py",
+            ),
+            "sgd_sai.explore.drive_the_step._layer_view": (
+                "explore/drive_the_step.html#_layer_view",
+                "sgd_sai/explore/drive_the_step.py",
+            ),
+            "sgd_sai.explore.drive_the_step._log_axis": (
+                "explore/drive_the_step.html#_log_axis",
+                "sgd_sai/explore/drive_the_step.py",
+            ),
+            "sgd_sai.explore.drive_the_step._log_scale": (
+                "explore/drive_the_step.html#_log_scale",
+                "sgd_sai/explore/drive_the_step.py",
+            ),
+            "sgd_sai.explore.drive_the_step._loss_view": (
+                "explore/drive_the_step.html#_loss_view",
+                "sgd_sai/explore/drive_the_step.py",
+            ),
+            "sgd_sai.explore.drive_the_step._muon": (
+                "explore/drive_the_step.html#_muon",
+                "sgd_sai/explore/drive_the_step.py",
+            ),
+            "sgd_sai.explore.drive_the_step._sgd_sai": (
+                "explore/drive_the_step.html#_sgd_sai",
+                "sgd_sai/explore/drive_the_step.py",
+            ),
+            "sgd_sai.explore.drive_the_step._sgdm": (
+                "explore/drive_the_step.html#_sgdm",
+                "sgd_sai/explore/drive_the_step.py",
+            ),
+            "sgd_sai.explore.drive_the_step._sqrt_numel": (
+                "explore/drive_the_step.html#_sqrt_numel",
+                "sgd_sai/explore/drive_the_step.py",
+            ),
+            "sgd_sai.explore.drive_the_step._text": (
+                "explore/drive_the_step.html#_text",
+                "sgd_sai/explore/drive_the_step.py",
+            ),
+            "sgd_sai.explore.drive_the_step.best_for_equal_layers": (
+                "explore/drive_the_step.html#best_for_equal_layers",
+                "sgd_sai/explore/drive_the_step.py",
+            ),
+            "sgd_sai.explore.drive_the_step.drive": (
+                "explore/drive_the_step.html#drive",
+                "sgd_sai/explore/drive_the_step.py",
+            ),
+            "sgd_sai.explore.drive_the_step.drive_chart": (
+                "explore/drive_the_step.html#drive_chart",
+                "sgd_sai/explore/drive_the_step.py",
+            ),
+            "sgd_sai.explore.drive_the_step.drive_rows": (
+                "explore/drive_the_step.html#drive_rows",
+                "sgd_sai/explore/drive_the_step.py",
+            ),
+            "sgd_sai.explore.drive_the_step.layer_loss": (
+                "explore/drive_the_step.html#layer_loss",
+                "sgd_sai/explore/drive_the_step.py",
+            ),
+            "sgd_sai.explore.drive_the_step.random_layers": (
+                "explore/drive_the_step.html#random_layers",
+                "sgd_sai/explore/drive_the_step.py",
+            ),
+        },
         "sgd_sai.explore.live_figure": {
             "sgd_sai.explore.live_figure.LiveFigure": (
                 "explore/live_figure.html#livefigure",
@@ -3490,6 +3564,52 @@ d = {
             "sgd_sai.explore.live_figure.vega_lite_version": (
                 "explore/live_figure.html#vega_lite_version",
                 "sgd_sai/explore/live_figure.py",
+            ),
+        },
+        "sgd_sai.explore.singular_values": {
+            "sgd_sai.explore.singular_values._band": (
+                "explore/singular_values.html#_band",
+                "sgd_sai/explore/singular_values.py",
+            ),
+            "sgd_sai.explore.singular_values._order_view": (
+                "explore/singular_values.html#_order_view",
+                "sgd_sai/explore/singular_values.py",
+            ),
+            "sgd_sai.explore.singular_values._polynomial_view": (
+                "explore/singular_values.html#_polynomial_view",
+                "sgd_sai/explore/singular_values.py",
+            ),
+            "sgd_sai.explore.singular_values._taken_apart": (
+                "explore/singular_values.html#_taken_apart",
+                "sgd_sai/explore/singular_values.py",
+            ),
+            "sgd_sai.explore.singular_values._text": (
+                "explore/singular_values.html#_text",
+                "sgd_sai/explore/singular_values.py",
+            ),
+            "sgd_sai.explore.singular_values.curve_rows": (
+                "explore/singular_values.html#curve_rows",
+                "sgd_sai/explore/singular_values.py",
+            ),
+            "sgd_sai.explore.singular_values.polynomial_after": (
+                "explore/singular_values.html#polynomial_after",
+                "sgd_sai/explore/singular_values.py",
+            ),
+            "sgd_sai.explore.singular_values.recorded_momenta": (
+                "explore/singular_values.html#recorded_momenta",
+                "sgd_sai/explore/singular_values.py",
+            ),
+            "sgd_sai.explore.singular_values.singular_chart": (
+                "explore/singular_values.html#singular_chart",
+                "sgd_sai/explore/singular_values.py",
+            ),
+            "sgd_sai.explore.singular_values.singular_rows": (
+                "explore/singular_values.html#singular_rows",
+                "sgd_sai/explore/singular_values.py",
+            ),
+            "sgd_sai.explore.singular_values.singular_values": (
+                "explore/singular_values.html#singular_values",
+                "sgd_sai/explore/singular_values.py",
             ),
         },
         "sgd_sai.explore.term_pictures": {

@@ -30,22 +30,24 @@ def four_digits(
     return value
 
 
-# %% ../../nbs/explore/live_figure.ipynb #115eacd0
+# %% ../../nbs/explore/live_figure.ipynb #d0681731
 LIVE_STYLE = {
     "background": "white",
     "view": {"stroke": None},
     "mark": {"color": ACCENT},
     "axis": {
         "labelColor": MUTED,
+        "labelFontSize": 11,
         "titleColor": INK,
+        "titleFontSize": 12,
         "titleFontWeight": "normal",
         "gridColor": GRID,
         "domainColor": MUTED,
         "tickColor": MUTED,
     },
-    "legend": {"orient": "top", "labelColor": INK, "titleColor": INK, "titleFontWeight": "normal"},
+    "legend": {"orient": "top", "labelColor": INK, "labelFontSize": 12, "titleColor": INK, "titleFontWeight": "normal"},
     "header": {"labelColor": INK, "titleColor": INK},
-    "title": {"color": INK, "subtitleColor": MUTED, "anchor": "start", "fontSize": 12},
+    "title": {"color": INK, "subtitleColor": MUTED, "anchor": "start", "fontSize": 13},
 }
 
 
@@ -65,7 +67,7 @@ def _with_numbered_tables(spec: dict) -> dict:
     return json.loads(text)
 
 
-# %% ../../nbs/explore/live_figure.ipynb #e6f7b78a
+# %% ../../nbs/explore/live_figure.ipynb #2ca888d0
 VEGA_LITE_TYPE = "application/vnd.vegalite.v5+json"  # the type of output that JupyterLab draws by itself
 
 
@@ -76,6 +78,7 @@ def vega_lite_version(
     return re.search(r"/v(\d+\.\d+)[.\d]*\.json", spec["$schema"])[1]
 
 
+# %% ../../nbs/explore/live_figure.ipynb #e7a2f8af
 class LiveFigure:
     "A chart that answers to its sliders, and a picture of it where no script runs."
 
