@@ -168,7 +168,8 @@ def _overlap_error(opt: Optimizer, p: Tensor, group: dict, state: dict) -> str |
     "In words, which entry cannot be changed in place because `expand` has made it; None if none."
     for key in [key for key in opt.state_shapes(p, group) if key in state]:
         value = state[key]
-        if any(size > 1 and stride == 0 for size, stride in zip(value.shape, value.stride(), strict=True)):
+        spread = any(size > 1 and stride == 0 for size, stride in zip(value.shape, value.stride(), strict=True))
+        if spread and value.numel():  # an empty tensor has strides of zero, and no entries to share
             return f"{key} has been expanded, and its entries share their memory: save a contiguous copy of it"
     return None
 

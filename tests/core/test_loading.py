@@ -126,6 +126,17 @@ def test_state_whose_entries_share_their_memory_is_refused(build):
         assert_refused(opt, wrong, "0.weight", key, "expanded")
 
 
+def test_state_of_an_empty_tensor_may_have_strides_of_zero():
+    p = nn.Parameter(torch.empty(0, 0, 0, 2).contiguous(memory_format=torch.channels_last))
+    opt = SGDSaI([p, nn.Parameter(torch.ones(3))])
+    for param in opt.param_groups[0]["params"]:
+        param.grad = torch.randn_like(param)
+    opt.step()
+    saved = copy.deepcopy(opt.state_dict())
+    assert 0 in saved["state"][0]["momentum_buffer"].stride()
+    opt.load_state_dict(saved)
+
+
 @each_optimizer
 @pytest.mark.parametrize("damage", ["integers", "complex", "None", "text", "a list", "sparse", "no dictionary"])
 def test_state_that_is_no_momentum_is_refused(build, damage):
