@@ -1,4 +1,6 @@
-"""Write Colab's badge and installation into the tutorials: their second and third cell, made of settings.ini."""
+"""Write the link to Colab and the installation there into the tutorials, as their second and third cell.
+
+Both are made of settings.ini."""
 
 import json
 from configparser import ConfigParser
@@ -8,11 +10,12 @@ ROOT = Path(__file__).resolve().parents[1]
 FRAMEWORKS = ("lightning", "timm", "torchao")
 
 
-def badge_cell(settings, notebook):
-    "The badge, a link that opens the notebook of the repository that settings.ini names."
+def link_cell(settings, notebook):
+    """The link that opens the notebook of the repository that settings.ini names.
+
+    It is text: a badge would be a picture from another host on each page."""
     place = f"{settings['user']}/{settings['repo']}/blob/{settings['branch']}/{notebook.relative_to(ROOT).as_posix()}"
-    image = "https://colab.research.google.com/assets/colab-badge.svg"
-    return [f"[![Open in Colab]({image})](https://colab.research.google.com/github/{place})"]
+    return [f"[Open in Colab](https://colab.research.google.com/github/{place})"]
 
 
 def install_cell(settings, notebook, text):
@@ -26,7 +29,8 @@ def install_cell(settings, notebook, text):
         "#| hide\n",
         "import sys\n",
         "\n",
-        'if "google.colab" in sys.modules:  # the repository with its run files, and everything that the page needs\n',
+        'if "google.colab" in sys.modules:\n',
+        "    # the repository with its run files, and everything that the page needs\n",
         f"    !git clone -q --depth 1 {settings['git_url']}\n",
         f"    %cd -q {settings['repo']}/{folder.as_posix()}\n",
         f"    %pip install -q '{root}[{extras}]'",
@@ -37,13 +41,13 @@ def update(notebook, settings):
     "Write both cells into one tutorial."
     text = notebook.read_text(encoding="utf-8")
     book = json.loads(text)
-    sources = badge_cell(settings, notebook), install_cell(settings, notebook, text)
+    sources = link_cell(settings, notebook), install_cell(settings, notebook, text)
     for cell, kind, source in zip(book["cells"][1:3], ("markdown", "code"), sources, strict=True):
         old = "".join(cell["source"])
         if cell["cell_type"] != kind or not ("colab.research" in old or "google.colab" in old):
             name = notebook.relative_to(ROOT)
             raise SystemExit(
-                f"{name}: after the title come a cell for Colab's badge and one for the installation there"
+                f"{name}: after the title come a cell for the link to Colab and one for the installation there"
             )
         cell["source"] = source
     new = json.dumps(book, ensure_ascii=False, indent=1, sort_keys=False) + "\n"

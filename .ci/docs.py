@@ -15,7 +15,13 @@ import subprocess
 import sys
 from pathlib import Path, PurePosixPath
 
+import annotated_pages
+import api_pages
+import live_pages
+import python_pages
 import yaml
+from folded_tables import fold_outputs
+from lighter_site import lighten
 
 ROOT = Path(__file__).resolve().parents[1]
 REDIRECT = """<!doctype html>
@@ -25,9 +31,10 @@ REDIRECT = """<!doctype html>
 """
 
 
-def process(builder):
+def process(builder, charts, exercises):
     """Notebooks as they appear on the site, in _proc/: documentation of what is exported, hidden cells gone. Always
-    from scratch. The changelog becomes a page among them."""
+    from scratch. The changelog becomes a page among them. What live figures show goes into the list `charts`, and
+    what can be edited on a page into the list `exercises`."""
     from nbdev.config import get_config
     from nbdev.quarto import refresh_quarto_yml
     from nbdev.serve import proc_nbs
@@ -36,26 +43,33 @@ def process(builder):
     # where torchao is installed, importing transformers would put a warning for its authors on pages
     logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
     proc, config = proc_nbs(force=True, n_workers=0), get_config()  # in this process: libraries are imported once
-    for page in proc.rglob("*.ipynb"):
+    for page in sorted(proc.rglob("*.ipynb")):
         notebook = json.loads(page.read_text(encoding="utf-8"))
+        api_pages.finish_page(notebook, ROOT / "nbs" / page.relative_to(proc))
+        live_pages.with_pictures(notebook, charts)
+        python_pages.with_marks(notebook, exercises)
         for cell in notebook["cells"]:
             finish_cell(cell, config, builder)
         page.write_text(json.dumps(notebook), encoding="utf-8")
     shutil.copy(ROOT / "CHANGELOG.md", proc / "changelog.md")
-    if builder == "smalldocs":
-        without_math_method(proc)
+    write_settings(proc, builder)
     return proc
 
 
+def with_values(text, config):
+    "A text in which `{{< var NAME >}}` has become the value of NAME in settings.ini."
+    return re.sub(r"\{\{<\s*var\s+(\w+)\s*>\}\}", lambda match: str(config[match[1]]), text)
+
+
 def finish_cell(cell, config, builder):
-    "What nbdev leaves to do in a cell: `{{< var NAME >}}` is the value of NAME in settings.ini; tables need no script."
-    text = "".join(cell["source"])
-    text = re.sub(r"\{\{<\s*var\s+(\w+)\s*>\}\}", lambda match: str(config[match[1]]), text)
+    "What nbdev leaves to do in a cell: values of settings.ini are put in; tables need no script."
+    text = with_values("".join(cell["source"]), config)
     if cell["cell_type"] == "raw" and builder == "smalldocs":
         text = re.sub(r"^output-file:.*\n", "", text, flags=re.MULTILINE)  # it has no such option, and needs none
     cell["source"] = text
     for output in cell.get("outputs", []):
         without_script(output.get("data", {}))
+    fold_outputs(cell)
 
 
 def without_script(data):
@@ -68,12 +82,17 @@ def without_script(data):
     data.setdefault("text/markdown", f"```{{=html}}\n{table}\n```\n")
 
 
-def without_math_method(proc):
-    "smalldocs does not know how Quarto is told to write formulas; `with_mathml` does the same afterwards."
-    own = proc / "_quarto.yml"
-    settings = (ROOT / "_quarto.yml").read_text(encoding="utf-8").splitlines(keepends=True)
-    kept = [line for line in settings if "html-math-method" not in line]
-    (proc / "site.yml").write_text("".join(kept), encoding="utf-8")
+def write_settings(proc, builder):
+    """The settings of the site, with values of settings.ini in them.
+
+    smalldocs does not know two of them. Formulas become what Quarto makes of them in `with_mathml`, and the reader's
+    preference for a dark page it follows without being told."""
+    from nbdev.config import get_config
+
+    settings, own = (ROOT / "_quarto.yml").read_text(encoding="utf-8"), proc / "_quarto.yml"
+    if builder == "smalldocs":
+        settings = re.sub(r"^ *(html-math-method|respect-user-color-scheme):.*\n", "", settings, flags=re.MULTILINE)
+    (proc / "site.yml").write_text(with_values(settings, get_config()), encoding="utf-8")
     own.write_text(own.read_text(encoding="utf-8").replace("../_quarto.yml", "site.yml"), encoding="utf-8")
 
 
@@ -132,7 +151,9 @@ def render(builder, proc):
             raise SystemExit(f"{builder} could not build the site (exit code {code}); its messages stand above.")
     if builder == "smalldocs":
         with_mathml(proc / "_docs")
+        annotated_pages.with_numbers(proc / "_docs")
     write_redirects(proc / "_docs")
+    lighten(proc / "_docs")
 
 
 def main():
@@ -143,8 +164,11 @@ def main():
     if builder == "smalldocs" and sys.version_info < (3, 11):
         raise SystemExit("The site needs Quarto 1.9 or later on the PATH, or Python 3.11 or later for smalldocs.")
     os.chdir(ROOT)
-    proc = process(builder)
+    charts, exercises = [], []
+    proc = process(builder, charts, exercises)
     render(builder, proc)
+    live_pages.with_charts(proc / "_docs", charts)
+    python_pages.with_editors(proc / "_docs", exercises)
     shutil.rmtree(ROOT / "_docs", ignore_errors=True)
     shutil.move(proc / "_docs", ROOT / "_docs")
     print(f"The site, built with {builder}: {os.path.relpath(ROOT / '_docs' / 'index.html')}")

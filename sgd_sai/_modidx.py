@@ -73,7 +73,7 @@ d = {
             "sgd_sai.adan.Adan.step": ("optimizers/adan.html#adan.step", "sgd_sai/adan.py"),
             "sgd_sai.adan._add_path_lengths": ("optimizers/adan.html#_add_path_lengths", "sgd_sai/adan.py"),
             "sgd_sai.adan._check_in_backward": ("optimizers/adan.html#_check_in_backward", "sgd_sai/adan.py"),
-            "sgd_sai.adan._check_same_everywhere": ("optimizers/adan.html#_check_same_everywhere", "sgd_sai/adan.py"),
+            "sgd_sai.adan._check_paths": ("optimizers/adan.html#_check_paths", "sgd_sai/adan.py"),
             "sgd_sai.adan._check_state_dtype": ("optimizers/adan.html#_check_state_dtype", "sgd_sai/adan.py"),
             "sgd_sai.adan._decay_options": ("optimizers/adan.html#_decay_options", "sgd_sai/adan.py"),
             "sgd_sai.adan._hyperparameters": ("optimizers/adan.html#_hyperparameters", "sgd_sai/adan.py"),
@@ -362,6 +362,10 @@ d = {
                 "analysis/gpu_tables.html#_model_targets",
                 "sgd_sai/analysis/gpu_tables.py",
             ),
+            "sgd_sai.analysis.gpu_tables._newton_schulz_numbers": (
+                "analysis/gpu_tables.html#_newton_schulz_numbers",
+                "sgd_sai/analysis/gpu_tables.py",
+            ),
             "sgd_sai.analysis.gpu_tables._over_floor": (
                 "analysis/gpu_tables.html#_over_floor",
                 "sgd_sai/analysis/gpu_tables.py",
@@ -371,8 +375,16 @@ d = {
                 "sgd_sai/analysis/gpu_tables.py",
             ),
             "sgd_sai.analysis.gpu_tables._ratio": ("analysis/gpu_tables.html#_ratio", "sgd_sai/analysis/gpu_tables.py"),
+            "sgd_sai.analysis.gpu_tables._same_text": (
+                "analysis/gpu_tables.html#_same_text",
+                "sgd_sai/analysis/gpu_tables.py",
+            ),
             "sgd_sai.analysis.gpu_tables._temporary": (
                 "analysis/gpu_tables.html#_temporary",
+                "sgd_sai/analysis/gpu_tables.py",
+            ),
+            "sgd_sai.analysis.gpu_tables._units_of_steps": (
+                "analysis/gpu_tables.html#_units_of_steps",
                 "sgd_sai/analysis/gpu_tables.py",
             ),
             "sgd_sai.analysis.gpu_tables._units_that": (
@@ -394,6 +406,10 @@ d = {
             ),
             "sgd_sai.analysis.gpu_tables.gpu_memory_table": (
                 "analysis/gpu_tables.html#gpu_memory_table",
+                "sgd_sai/analysis/gpu_tables.py",
+            ),
+            "sgd_sai.analysis.gpu_tables.gpu_newton_schulz_table": (
+                "analysis/gpu_tables.html#gpu_newton_schulz_table",
                 "sgd_sai/analysis/gpu_tables.py",
             ),
             "sgd_sai.analysis.gpu_tables.gpu_part_table": (
@@ -572,6 +588,24 @@ d = {
                 "sgd_sai/analysis/gsnr_records.py",
             ),
         },
+        "sgd_sai.analysis.own_rankings": {
+            "sgd_sai.analysis.own_rankings.at_best_settings": (
+                "analysis/own_rankings.html#at_best_settings",
+                "sgd_sai/analysis/own_rankings.py",
+            ),
+            "sgd_sai.analysis.own_rankings.baseline_of": (
+                "analysis/own_rankings.html#baseline_of",
+                "sgd_sai/analysis/own_rankings.py",
+            ),
+            "sgd_sai.analysis.own_rankings.own_ranking": (
+                "analysis/own_rankings.html#own_ranking",
+                "sgd_sai/analysis/own_rankings.py",
+            ),
+            "sgd_sai.analysis.own_rankings.own_ranking_table": (
+                "analysis/own_rankings.html#own_ranking_table",
+                "sgd_sai/analysis/own_rankings.py",
+            ),
+        },
         "sgd_sai.analysis.paired_cells": {
             "sgd_sai.analysis.paired_cells.CellPair": (
                 "analysis/paired_cells.html#cellpair",
@@ -667,7 +701,15 @@ d = {
                 "analysis/rankings.html#extra_frame",
                 "sgd_sai/analysis/rankings.py",
             ),
+            "sgd_sai.analysis.rankings.files_chosen_from": (
+                "analysis/rankings.html#files_chosen_from",
+                "sgd_sai/analysis/rankings.py",
+            ),
             "sgd_sai.analysis.rankings.finals": ("analysis/rankings.html#finals", "sgd_sai/analysis/rankings.py"),
+            "sgd_sai.analysis.rankings.in_figure_unit": (
+                "analysis/rankings.html#in_figure_unit",
+                "sgd_sai/analysis/rankings.py",
+            ),
             "sgd_sai.analysis.rankings.is_frugal": ("analysis/rankings.html#is_frugal", "sgd_sai/analysis/rankings.py"),
             "sgd_sai.analysis.rankings.load_experiment": (
                 "analysis/rankings.html#load_experiment",
@@ -683,6 +725,10 @@ d = {
                 "sgd_sai/analysis/rankings.py",
             ),
             "sgd_sai.analysis.rankings.ranking": ("analysis/rankings.html#ranking", "sgd_sai/analysis/rankings.py"),
+            "sgd_sai.analysis.rankings.read_experiment": (
+                "analysis/rankings.html#read_experiment",
+                "sgd_sai/analysis/rankings.py",
+            ),
             "sgd_sai.analysis.rankings.repository": (
                 "analysis/rankings.html#repository",
                 "sgd_sai/analysis/rankings.py",
@@ -760,6 +806,32 @@ d = {
             "sgd_sai.analysis.rate_figures.rate_frame": (
                 "analysis/rate_figures.html#rate_frame",
                 "sgd_sai/analysis/rate_figures.py",
+            ),
+        },
+        "sgd_sai.analysis.relative_errors": {
+            "sgd_sai.analysis.relative_errors.RelativeError": (
+                "analysis/relative_errors.html#relativeerror",
+                "sgd_sai/analysis/relative_errors.py",
+            ),
+            "sgd_sai.analysis.relative_errors.error_of": (
+                "analysis/relative_errors.html#error_of",
+                "sgd_sai/analysis/relative_errors.py",
+            ),
+            "sgd_sai.analysis.relative_errors.plot_relative_errors": (
+                "analysis/relative_errors.html#plot_relative_errors",
+                "sgd_sai/analysis/relative_errors.py",
+            ),
+            "sgd_sai.analysis.relative_errors.relative_error": (
+                "analysis/relative_errors.html#relative_error",
+                "sgd_sai/analysis/relative_errors.py",
+            ),
+            "sgd_sai.analysis.relative_errors.relative_errors": (
+                "analysis/relative_errors.html#relative_errors",
+                "sgd_sai/analysis/relative_errors.py",
+            ),
+            "sgd_sai.analysis.relative_errors.verdict_counts": (
+                "analysis/relative_errors.html#verdict_counts",
+                "sgd_sai/analysis/relative_errors.py",
             ),
         },
         "sgd_sai.analysis.report_runner": {
@@ -851,6 +923,24 @@ d = {
                 "sgd_sai/analysis/transfer.py",
             ),
         },
+        "sgd_sai.analysis.triton_verdict": {
+            "sgd_sai.analysis.triton_verdict._triton_is_faster": (
+                "analysis/triton_verdict.html#_triton_is_faster",
+                "sgd_sai/analysis/triton_verdict.py",
+            ),
+            "sgd_sai.analysis.triton_verdict._triton_is_right": (
+                "analysis/triton_verdict.html#_triton_is_right",
+                "sgd_sai/analysis/triton_verdict.py",
+            ),
+            "sgd_sai.analysis.triton_verdict.triton_should_be_default": (
+                "analysis/triton_verdict.html#triton_should_be_default",
+                "sgd_sai/analysis/triton_verdict.py",
+            ),
+            "sgd_sai.analysis.triton_verdict.triton_wins": (
+                "analysis/triton_verdict.html#triton_wins",
+                "sgd_sai/analysis/triton_verdict.py",
+            ),
+        },
         "sgd_sai.analysis.verdicts": {
             "sgd_sai.analysis.verdicts.Claim": ("analysis/verdicts.html#claim", "sgd_sai/analysis/verdicts.py"),
             "sgd_sai.analysis.verdicts.at_least_even": (
@@ -909,12 +999,20 @@ d = {
                 "benchmarks/captured_steps.html#_new_gradients",
                 "sgd_sai/benchmarks/captured_steps.py",
             ),
+            "sgd_sai.benchmarks.captured_steps._times": (
+                "benchmarks/captured_steps.html#_times",
+                "sgd_sai/benchmarks/captured_steps.py",
+            ),
             "sgd_sai.benchmarks.captured_steps.build_form": (
                 "benchmarks/captured_steps.html#build_form",
                 "sgd_sai/benchmarks/captured_steps.py",
             ),
             "sgd_sai.benchmarks.captured_steps.captured_step": (
                 "benchmarks/captured_steps.html#captured_step",
+                "sgd_sai/benchmarks/captured_steps.py",
+            ),
+            "sgd_sai.benchmarks.captured_steps.compare_newton_schulz": (
+                "benchmarks/captured_steps.html#compare_newton_schulz",
                 "sgd_sai/benchmarks/captured_steps.py",
             ),
             "sgd_sai.benchmarks.captured_steps.compare_steps": (
@@ -928,6 +1026,28 @@ d = {
             "sgd_sai.benchmarks.captured_steps.largest_difference": (
                 "benchmarks/captured_steps.html#largest_difference",
                 "sgd_sai/benchmarks/captured_steps.py",
+            ),
+        },
+        "sgd_sai.benchmarks.chunk_sizes": {
+            "sgd_sai.benchmarks.chunk_sizes.chunk_size_table": (
+                "benchmarks/chunk_sizes.html#chunk_size_table",
+                "sgd_sai/benchmarks/chunk_sizes.py",
+            ),
+            "sgd_sai.benchmarks.chunk_sizes.chunks_of": (
+                "benchmarks/chunk_sizes.html#chunks_of",
+                "sgd_sai/benchmarks/chunk_sizes.py",
+            ),
+            "sgd_sai.benchmarks.chunk_sizes.measure_chunk_sizes": (
+                "benchmarks/chunk_sizes.html#measure_chunk_sizes",
+                "sgd_sai/benchmarks/chunk_sizes.py",
+            ),
+            "sgd_sai.benchmarks.chunk_sizes.plot_chunk_sizes": (
+                "benchmarks/chunk_sizes.html#plot_chunk_sizes",
+                "sgd_sai/benchmarks/chunk_sizes.py",
+            ),
+            "sgd_sai.benchmarks.chunk_sizes.rate_in_place": (
+                "benchmarks/chunk_sizes.html#rate_in_place",
+                "sgd_sai/benchmarks/chunk_sizes.py",
             ),
         },
         "sgd_sai.benchmarks.cuda_allocator": {
@@ -1013,6 +1133,10 @@ d = {
             ),
             "sgd_sai.benchmarks.device_parts.memory_units": (
                 "benchmarks/device_parts.html#memory_units",
+                "sgd_sai/benchmarks/device_parts.py",
+            ),
+            "sgd_sai.benchmarks.device_parts.newton_schulz_units": (
+                "benchmarks/device_parts.html#newton_schulz_units",
                 "sgd_sai/benchmarks/device_parts.py",
             ),
             "sgd_sai.benchmarks.device_parts.step_units": (
@@ -1671,6 +1795,10 @@ d = {
             ),
         },
         "sgd_sai.cli.measure_commands": {
+            "sgd_sai.cli.measure_commands._check_kind": (
+                "cli/measure_commands.html#_check_kind",
+                "sgd_sai/cli/measure_commands.py",
+            ),
             "sgd_sai.cli.measure_commands._check_names": (
                 "cli/measure_commands.html#_check_names",
                 "sgd_sai/cli/measure_commands.py",
@@ -1701,6 +1829,14 @@ d = {
             ),
             "sgd_sai.cli.measure_commands._shapes_of": (
                 "cli/measure_commands.html#_shapes_of",
+                "sgd_sai/cli/measure_commands.py",
+            ),
+            "sgd_sai.cli.measure_commands._speed_of_chunks": (
+                "cli/measure_commands.html#_speed_of_chunks",
+                "sgd_sai/cli/measure_commands.py",
+            ),
+            "sgd_sai.cli.measure_commands._speed_of_steps": (
+                "cli/measure_commands.html#_speed_of_steps",
                 "sgd_sai/cli/measure_commands.py",
             ),
             "sgd_sai.cli.measure_commands._speed_options": (
@@ -1749,12 +1885,20 @@ d = {
                 "cli/train_commands.html#_rebuild_reports",
                 "sgd_sai/cli/train_commands.py",
             ),
+            "sgd_sai.cli.train_commands._training_items": (
+                "cli/train_commands.html#_training_items",
+                "sgd_sai/cli/train_commands.py",
+            ),
             "sgd_sai.cli.train_commands.compare_command": (
                 "cli/train_commands.html#compare_command",
                 "sgd_sai/cli/train_commands.py",
             ),
             "sgd_sai.cli.train_commands.pack_command": (
                 "cli/train_commands.html#pack_command",
+                "sgd_sai/cli/train_commands.py",
+            ),
+            "sgd_sai.cli.train_commands.rank_command": (
+                "cli/train_commands.html#rank_command",
                 "sgd_sai/cli/train_commands.py",
             ),
             "sgd_sai.cli.train_commands.repeat_command": (
@@ -2235,6 +2379,10 @@ d = {
             ),
             "sgd_sai.experiments.plugins.plugin_environment": (
                 "experiments/plugins.html#plugin_environment",
+                "sgd_sai/experiments/plugins.py",
+            ),
+            "sgd_sai.experiments.plugins.plugin_line": (
+                "experiments/plugins.html#plugin_line",
                 "sgd_sai/experiments/plugins.py",
             ),
             "sgd_sai.experiments.plugins.registries": (
@@ -3048,6 +3196,32 @@ d = {
                 "sgd_sai/experiments/tasks/paper_recipes.py",
             ),
         },
+        "sgd_sai.experiments.tasks.parts": {
+            "sgd_sai.experiments.tasks.parts._check_data": (
+                "experiments/tasks/parts.html#_check_data",
+                "sgd_sai/experiments/tasks/parts.py",
+            ),
+            "sgd_sai.experiments.tasks.parts._said": (
+                "experiments/tasks/parts.html#_said",
+                "sgd_sai/experiments/tasks/parts.py",
+            ),
+            "sgd_sai.experiments.tasks.parts.batch_loss": (
+                "experiments/tasks/parts.html#batch_loss",
+                "sgd_sai/experiments/tasks/parts.py",
+            ),
+            "sgd_sai.experiments.tasks.parts.build_model": (
+                "experiments/tasks/parts.html#build_model",
+                "sgd_sai/experiments/tasks/parts.py",
+            ),
+            "sgd_sai.experiments.tasks.parts.correct_count": (
+                "experiments/tasks/parts.html#correct_count",
+                "sgd_sai/experiments/tasks/parts.py",
+            ),
+            "sgd_sai.experiments.tasks.parts.load_data": (
+                "experiments/tasks/parts.html#load_data",
+                "sgd_sai/experiments/tasks/parts.py",
+            ),
+        },
         "sgd_sai.experiments.tasks.python_gpt2": {
             "sgd_sai.experiments.tasks.python_gpt2.SourceWindows": (
                 "experiments/tasks/python_gpt2.html#sourcewindows",
@@ -3191,6 +3365,10 @@ d = {
             ),
             "sgd_sai.experiments.tasks.task.Unit": (
                 "experiments/tasks/task.html#unit",
+                "sgd_sai/experiments/tasks/task.py",
+            ),
+            "sgd_sai.experiments.tasks.task._check_and_complete": (
+                "experiments/tasks/task.html#_check_and_complete",
                 "sgd_sai/experiments/tasks/task.py",
             ),
             "sgd_sai.experiments.tasks.task.data_folder": (
@@ -3418,6 +3596,385 @@ d = {
             "sgd_sai.experiments.train.twice_differentiable": (
                 "experiments/train.html#twice_differentiable",
                 "sgd_sai/experiments/train.py",
+            ),
+        },
+        "sgd_sai.explore.drive_the_step": {
+            "sgd_sai.explore.drive_the_step.Drive": (
+                "explore/drive_the_step.html#drive",
+                "sgd_sai/explore/drive_the_step.py",
+            ),
+            "sgd_sai.explore.drive_the_step._adam": (
+                "explore/drive_the_step.html#_adam",
+                "sgd_sai/explore/drive_the_step.py",
+            ),
+            "sgd_sai.explore.drive_the_step._colors": (
+                "explore/drive_the_step.html#_colors",
+                "sgd_sai/explore/drive_the_step.py",
+            ),
+            "sgd_sai.explore.drive_the_step._layer_view": (
+                "explore/drive_the_step.html#_layer_view",
+                "sgd_sai/explore/drive_the_step.py",
+            ),
+            "sgd_sai.explore.drive_the_step._log_axis": (
+                "explore/drive_the_step.html#_log_axis",
+                "sgd_sai/explore/drive_the_step.py",
+            ),
+            "sgd_sai.explore.drive_the_step._log_scale": (
+                "explore/drive_the_step.html#_log_scale",
+                "sgd_sai/explore/drive_the_step.py",
+            ),
+            "sgd_sai.explore.drive_the_step._loss_view": (
+                "explore/drive_the_step.html#_loss_view",
+                "sgd_sai/explore/drive_the_step.py",
+            ),
+            "sgd_sai.explore.drive_the_step._muon": (
+                "explore/drive_the_step.html#_muon",
+                "sgd_sai/explore/drive_the_step.py",
+            ),
+            "sgd_sai.explore.drive_the_step._sgd_sai": (
+                "explore/drive_the_step.html#_sgd_sai",
+                "sgd_sai/explore/drive_the_step.py",
+            ),
+            "sgd_sai.explore.drive_the_step._sgdm": (
+                "explore/drive_the_step.html#_sgdm",
+                "sgd_sai/explore/drive_the_step.py",
+            ),
+            "sgd_sai.explore.drive_the_step._sqrt_numel": (
+                "explore/drive_the_step.html#_sqrt_numel",
+                "sgd_sai/explore/drive_the_step.py",
+            ),
+            "sgd_sai.explore.drive_the_step._text": (
+                "explore/drive_the_step.html#_text",
+                "sgd_sai/explore/drive_the_step.py",
+            ),
+            "sgd_sai.explore.drive_the_step.best_for_equal_layers": (
+                "explore/drive_the_step.html#best_for_equal_layers",
+                "sgd_sai/explore/drive_the_step.py",
+            ),
+            "sgd_sai.explore.drive_the_step.drive": (
+                "explore/drive_the_step.html#drive",
+                "sgd_sai/explore/drive_the_step.py",
+            ),
+            "sgd_sai.explore.drive_the_step.drive_chart": (
+                "explore/drive_the_step.html#drive_chart",
+                "sgd_sai/explore/drive_the_step.py",
+            ),
+            "sgd_sai.explore.drive_the_step.drive_rows": (
+                "explore/drive_the_step.html#drive_rows",
+                "sgd_sai/explore/drive_the_step.py",
+            ),
+            "sgd_sai.explore.drive_the_step.layer_loss": (
+                "explore/drive_the_step.html#layer_loss",
+                "sgd_sai/explore/drive_the_step.py",
+            ),
+            "sgd_sai.explore.drive_the_step.random_layers": (
+                "explore/drive_the_step.html#random_layers",
+                "sgd_sai/explore/drive_the_step.py",
+            ),
+        },
+        "sgd_sai.explore.live_figure": {
+            "sgd_sai.explore.live_figure.LiveFigure": (
+                "explore/live_figure.html#livefigure",
+                "sgd_sai/explore/live_figure.py",
+            ),
+            "sgd_sai.explore.live_figure.LiveFigure.__init__": (
+                "explore/live_figure.html#livefigure.__init__",
+                "sgd_sai/explore/live_figure.py",
+            ),
+            "sgd_sai.explore.live_figure.LiveFigure.__repr__": (
+                "explore/live_figure.html#livefigure.__repr__",
+                "sgd_sai/explore/live_figure.py",
+            ),
+            "sgd_sai.explore.live_figure.LiveFigure._repr_mimebundle_": (
+                "explore/live_figure.html#livefigure._repr_mimebundle_",
+                "sgd_sai/explore/live_figure.py",
+            ),
+            "sgd_sai.explore.live_figure.LiveFigure.png": (
+                "explore/live_figure.html#livefigure.png",
+                "sgd_sai/explore/live_figure.py",
+            ),
+            "sgd_sai.explore.live_figure._with_numbered_tables": (
+                "explore/live_figure.html#_with_numbered_tables",
+                "sgd_sai/explore/live_figure.py",
+            ),
+            "sgd_sai.explore.live_figure._with_style": (
+                "explore/live_figure.html#_with_style",
+                "sgd_sai/explore/live_figure.py",
+            ),
+            "sgd_sai.explore.live_figure.four_digits": (
+                "explore/live_figure.html#four_digits",
+                "sgd_sai/explore/live_figure.py",
+            ),
+            "sgd_sai.explore.live_figure.vega_lite_version": (
+                "explore/live_figure.html#vega_lite_version",
+                "sgd_sai/explore/live_figure.py",
+            ),
+        },
+        "sgd_sai.explore.singular_values": {
+            "sgd_sai.explore.singular_values._band": (
+                "explore/singular_values.html#_band",
+                "sgd_sai/explore/singular_values.py",
+            ),
+            "sgd_sai.explore.singular_values._order_view": (
+                "explore/singular_values.html#_order_view",
+                "sgd_sai/explore/singular_values.py",
+            ),
+            "sgd_sai.explore.singular_values._polynomial_view": (
+                "explore/singular_values.html#_polynomial_view",
+                "sgd_sai/explore/singular_values.py",
+            ),
+            "sgd_sai.explore.singular_values._taken_apart": (
+                "explore/singular_values.html#_taken_apart",
+                "sgd_sai/explore/singular_values.py",
+            ),
+            "sgd_sai.explore.singular_values._text": (
+                "explore/singular_values.html#_text",
+                "sgd_sai/explore/singular_values.py",
+            ),
+            "sgd_sai.explore.singular_values.curve_rows": (
+                "explore/singular_values.html#curve_rows",
+                "sgd_sai/explore/singular_values.py",
+            ),
+            "sgd_sai.explore.singular_values.polynomial_after": (
+                "explore/singular_values.html#polynomial_after",
+                "sgd_sai/explore/singular_values.py",
+            ),
+            "sgd_sai.explore.singular_values.recorded_momenta": (
+                "explore/singular_values.html#recorded_momenta",
+                "sgd_sai/explore/singular_values.py",
+            ),
+            "sgd_sai.explore.singular_values.singular_chart": (
+                "explore/singular_values.html#singular_chart",
+                "sgd_sai/explore/singular_values.py",
+            ),
+            "sgd_sai.explore.singular_values.singular_rows": (
+                "explore/singular_values.html#singular_rows",
+                "sgd_sai/explore/singular_values.py",
+            ),
+            "sgd_sai.explore.singular_values.singular_values": (
+                "explore/singular_values.html#singular_values",
+                "sgd_sai/explore/singular_values.py",
+            ),
+        },
+        "sgd_sai.explore.term_pictures": {
+            "sgd_sai.explore.term_pictures.code_rows": (
+                "explore/term_pictures.html#code_rows",
+                "sgd_sai/explore/term_pictures.py",
+            ),
+            "sgd_sai.explore.term_pictures.equation_rows": (
+                "explore/term_pictures.html#equation_rows",
+                "sgd_sai/explore/term_pictures.py",
+            ),
+            "sgd_sai.explore.term_pictures.hover_view": (
+                "explore/term_pictures.html#hover_view",
+                "sgd_sai/explore/term_pictures.py",
+            ),
+            "sgd_sai.explore.term_pictures.map_row": (
+                "explore/term_pictures.html#map_row",
+                "sgd_sai/explore/term_pictures.py",
+            ),
+            "sgd_sai.explore.term_pictures.map_view": (
+                "explore/term_pictures.html#map_view",
+                "sgd_sai/explore/term_pictures.py",
+            ),
+            "sgd_sai.explore.term_pictures.numbered_lines": (
+                "explore/term_pictures.html#numbered_lines",
+                "sgd_sai/explore/term_pictures.py",
+            ),
+            "sgd_sai.explore.term_pictures.numbered_step": (
+                "explore/term_pictures.html#numbered_step",
+                "sgd_sai/explore/term_pictures.py",
+            ),
+            "sgd_sai.explore.term_pictures.root_mean_square": (
+                "explore/term_pictures.html#root_mean_square",
+                "sgd_sai/explore/term_pictures.py",
+            ),
+            "sgd_sai.explore.term_pictures.size_rows": (
+                "explore/term_pictures.html#size_rows",
+                "sgd_sai/explore/term_pictures.py",
+            ),
+            "sgd_sai.explore.term_pictures.size_view": (
+                "explore/term_pictures.html#size_view",
+                "sgd_sai/explore/term_pictures.py",
+            ),
+            "sgd_sai.explore.term_pictures.step_of_digits": (
+                "explore/term_pictures.html#step_of_digits",
+                "sgd_sai/explore/term_pictures.py",
+            ),
+            "sgd_sai.explore.term_pictures.term_effects": (
+                "explore/term_pictures.html#term_effects",
+                "sgd_sai/explore/term_pictures.py",
+            ),
+            "sgd_sai.explore.term_pictures.term_figure": (
+                "explore/term_pictures.html#term_figure",
+                "sgd_sai/explore/term_pictures.py",
+            ),
+            "sgd_sai.explore.term_pictures.term_selection": (
+                "explore/term_pictures.html#term_selection",
+                "sgd_sai/explore/term_pictures.py",
+            ),
+            "sgd_sai.explore.term_pictures.word_rows": (
+                "explore/term_pictures.html#word_rows",
+                "sgd_sai/explore/term_pictures.py",
+            ),
+        },
+        "sgd_sai.explore.the_runs": {
+            "sgd_sai.explore.the_runs._colors": ("explore/the_runs.html#_colors", "sgd_sai/explore/the_runs.py"),
+            "sgd_sai.explore.the_runs._curve": ("explore/the_runs.html#_curve", "sgd_sai/explore/the_runs.py"),
+            "sgd_sai.explore.the_runs._digits": ("explore/the_runs.html#_digits", "sgd_sai/explore/the_runs.py"),
+            "sgd_sai.explore.the_runs._extra": ("explore/the_runs.html#_extra", "sgd_sai/explore/the_runs.py"),
+            "sgd_sai.explore.the_runs._line": ("explore/the_runs.html#_line", "sgd_sai/explore/the_runs.py"),
+            "sgd_sai.explore.the_runs._lookups": ("explore/the_runs.html#_lookups", "sgd_sai/explore/the_runs.py"),
+            "sgd_sai.explore.the_runs._menus": ("explore/the_runs.html#_menus", "sgd_sai/explore/the_runs.py"),
+            "sgd_sai.explore.the_runs._panels": ("explore/the_runs.html#_panels", "sgd_sai/explore/the_runs.py"),
+            "sgd_sai.explore.the_runs._points": ("explore/the_runs.html#_points", "sgd_sai/explore/the_runs.py"),
+            "sgd_sai.explore.the_runs._text": ("explore/the_runs.html#_text", "sgd_sai/explore/the_runs.py"),
+            "sgd_sai.explore.the_runs._value_axis": (
+                "explore/the_runs.html#_value_axis",
+                "sgd_sai/explore/the_runs.py",
+            ),
+            "sgd_sai.explore.the_runs._value_scale": (
+                "explore/the_runs.html#_value_scale",
+                "sgd_sai/explore/the_runs.py",
+            ),
+            "sgd_sai.explore.the_runs._ways": ("explore/the_runs.html#_ways", "sgd_sai/explore/the_runs.py"),
+            "sgd_sai.explore.the_runs._words": ("explore/the_runs.html#_words", "sgd_sai/explore/the_runs.py"),
+            "sgd_sai.explore.the_runs.runs_figure": (
+                "explore/the_runs.html#runs_figure",
+                "sgd_sai/explore/the_runs.py",
+            ),
+            "sgd_sai.explore.the_runs.runs_table": ("explore/the_runs.html#runs_table", "sgd_sai/explore/the_runs.py"),
+        },
+        "sgd_sai.explore.what_does_my_model_get": {
+            "sgd_sai.explore.what_does_my_model_get.FormerOptimizer": (
+                "explore/what_does_my_model_get.html#formeroptimizer",
+                "sgd_sai/explore/what_does_my_model_get.py",
+            ),
+            "sgd_sai.explore.what_does_my_model_get.TensorSettings": (
+                "explore/what_does_my_model_get.html#tensorsettings",
+                "sgd_sai/explore/what_does_my_model_get.py",
+            ),
+            "sgd_sai.explore.what_does_my_model_get._alt_text": (
+                "explore/what_does_my_model_get.html#_alt_text",
+                "sgd_sai/explore/what_does_my_model_get.py",
+            ),
+            "sgd_sai.explore.what_does_my_model_get._bars": (
+                "explore/what_does_my_model_get.html#_bars",
+                "sgd_sai/explore/what_does_my_model_get.py",
+            ),
+            "sgd_sai.explore.what_does_my_model_get._bytes": (
+                "explore/what_does_my_model_get.html#_bytes",
+                "sgd_sai/explore/what_does_my_model_get.py",
+            ),
+            "sgd_sai.explore.what_does_my_model_get._calls": (
+                "explore/what_does_my_model_get.html#_calls",
+                "sgd_sai/explore/what_does_my_model_get.py",
+            ),
+            "sgd_sai.explore.what_does_my_model_get._clicked_lines": (
+                "explore/what_does_my_model_get.html#_clicked_lines",
+                "sgd_sai/explore/what_does_my_model_get.py",
+            ),
+            "sgd_sai.explore.what_does_my_model_get._followers": (
+                "explore/what_does_my_model_get.html#_followers",
+                "sgd_sai/explore/what_does_my_model_get.py",
+            ),
+            "sgd_sai.explore.what_does_my_model_get._gpt2_with_lora": (
+                "explore/what_does_my_model_get.html#_gpt2_with_lora",
+                "sgd_sai/explore/what_does_my_model_get.py",
+            ),
+            "sgd_sai.explore.what_does_my_model_get._menu": (
+                "explore/what_does_my_model_get.html#_menu",
+                "sgd_sai/explore/what_does_my_model_get.py",
+            ),
+            "sgd_sai.explore.what_does_my_model_get._menus": (
+                "explore/what_does_my_model_get.html#_menus",
+                "sgd_sai/explore/what_does_my_model_get.py",
+            ),
+            "sgd_sai.explore.what_does_my_model_get._minilm": (
+                "explore/what_does_my_model_get.html#_minilm",
+                "sgd_sai/explore/what_does_my_model_get.py",
+            ),
+            "sgd_sai.explore.what_does_my_model_get._model_of_task": (
+                "explore/what_does_my_model_get.html#_model_of_task",
+                "sgd_sai/explore/what_does_my_model_get.py",
+            ),
+            "sgd_sai.explore.what_does_my_model_get._table": (
+                "explore/what_does_my_model_get.html#_table",
+                "sgd_sai/explore/what_does_my_model_get.py",
+            ),
+            "sgd_sai.explore.what_does_my_model_get._tensor_points": (
+                "explore/what_does_my_model_get.html#_tensor_points",
+                "sgd_sai/explore/what_does_my_model_get.py",
+            ),
+            "sgd_sai.explore.what_does_my_model_get._text": (
+                "explore/what_does_my_model_get.html#_text",
+                "sgd_sai/explore/what_does_my_model_get.py",
+            ),
+            "sgd_sai.explore.what_does_my_model_get.largest_matrix": (
+                "explore/what_does_my_model_get.html#largest_matrix",
+                "sgd_sai/explore/what_does_my_model_get.py",
+            ),
+            "sgd_sai.explore.what_does_my_model_get.model_totals": (
+                "explore/what_does_my_model_get.html#model_totals",
+                "sgd_sai/explore/what_does_my_model_get.py",
+            ),
+            "sgd_sai.explore.what_does_my_model_get.shapes_of": (
+                "explore/what_does_my_model_get.html#shapes_of",
+                "sgd_sai/explore/what_does_my_model_get.py",
+            ),
+            "sgd_sai.explore.what_does_my_model_get.suggested_settings": (
+                "explore/what_does_my_model_get.html#suggested_settings",
+                "sgd_sai/explore/what_does_my_model_get.py",
+            ),
+            "sgd_sai.explore.what_does_my_model_get.tensor_settings": (
+                "explore/what_does_my_model_get.html#tensor_settings",
+                "sgd_sai/explore/what_does_my_model_get.py",
+            ),
+            "sgd_sai.explore.what_does_my_model_get.what_it_gets": (
+                "explore/what_does_my_model_get.html#what_it_gets",
+                "sgd_sai/explore/what_does_my_model_get.py",
+            ),
+        },
+        "sgd_sai.explore.written_step": {
+            "sgd_sai.explore.written_step._agree": (
+                "explore/written_step.html#_agree",
+                "sgd_sai/explore/written_step.py",
+            ),
+            "sgd_sai.explore.written_step._close": (
+                "explore/written_step.html#_close",
+                "sgd_sai/explore/written_step.py",
+            ),
+            "sgd_sai.explore.written_step._lengths": (
+                "explore/written_step.html#_lengths",
+                "sgd_sai/explore/written_step.py",
+            ),
+            "sgd_sai.explore.written_step._wrong_decay": (
+                "explore/written_step.html#_wrong_decay",
+                "sgd_sai/explore/written_step.py",
+            ),
+            "sgd_sai.explore.written_step._wrong_momentum": (
+                "explore/written_step.html#_wrong_momentum",
+                "sgd_sai/explore/written_step.py",
+            ),
+            "sgd_sai.explore.written_step._wrong_scale": (
+                "explore/written_step.html#_wrong_scale",
+                "sgd_sai/explore/written_step.py",
+            ),
+            "sgd_sai.explore.written_step._wrong_step": (
+                "explore/written_step.html#_wrong_step",
+                "sgd_sai/explore/written_step.py",
+            ),
+            "sgd_sai.explore.written_step.judge_step": (
+                "explore/written_step.html#judge_step",
+                "sgd_sai/explore/written_step.py",
+            ),
+            "sgd_sai.explore.written_step.run_of_step": (
+                "explore/written_step.html#run_of_step",
+                "sgd_sai/explore/written_step.py",
+            ),
+            "sgd_sai.explore.written_step.wrong_parts": (
+                "explore/written_step.html#wrong_parts",
+                "sgd_sai/explore/written_step.py",
             ),
         },
         "sgd_sai.gradient_graphs": {
@@ -3734,6 +4291,10 @@ d = {
                 "sgd_sai/internals/base.py",
             ),
             "sgd_sai.internals.base.average_dtype": ("internals/base.html#average_dtype", "sgd_sai/internals/base.py"),
+            "sgd_sai.internals.base.check_holds_numbers": (
+                "internals/base.html#check_holds_numbers",
+                "sgd_sai/internals/base.py",
+            ),
             "sgd_sai.internals.base.closure_loss": ("internals/base.html#closure_loss", "sgd_sai/internals/base.py"),
             "sgd_sai.internals.base.debias": ("internals/base.html#debias", "sgd_sai/internals/base.py"),
             "sgd_sai.internals.base.decay_": ("internals/base.html#decay_", "sgd_sai/internals/base.py"),
@@ -3748,6 +4309,14 @@ d = {
             ),
         },
         "sgd_sai.internals.chunks": {
+            "sgd_sai.internals.chunks._read_cores": (
+                "internals/chunks.html#_read_cores",
+                "sgd_sai/internals/chunks.py",
+            ),
+            "sgd_sai.internals.chunks._read_last_cache": (
+                "internals/chunks.html#_read_last_cache",
+                "sgd_sai/internals/chunks.py",
+            ),
             "sgd_sai.internals.chunks.all_full_precision": (
                 "internals/chunks.html#all_full_precision",
                 "sgd_sai/internals/chunks.py",
@@ -3757,11 +4326,19 @@ d = {
                 "internals/chunks.html#chunk_entries",
                 "sgd_sai/internals/chunks.py",
             ),
+            "sgd_sai.internals.chunks.chunk_for_cache": (
+                "internals/chunks.html#chunk_for_cache",
+                "sgd_sai/internals/chunks.py",
+            ),
             "sgd_sai.internals.chunks.chunks": ("internals/chunks.html#chunks", "sgd_sai/internals/chunks.py"),
             "sgd_sai.internals.chunks.in_float32": ("internals/chunks.html#in_float32", "sgd_sai/internals/chunks.py"),
             "sgd_sai.internals.chunks.is_dense": ("internals/chunks.html#is_dense", "sgd_sai/internals/chunks.py"),
             "sgd_sai.internals.chunks.is_quantized_subclass": (
                 "internals/chunks.html#is_quantized_subclass",
+                "sgd_sai/internals/chunks.py",
+            ),
+            "sgd_sai.internals.chunks.last_level_cache": (
+                "internals/chunks.html#last_level_cache",
                 "sgd_sai/internals/chunks.py",
             ),
             "sgd_sai.internals.chunks.same_layout": (
@@ -3800,6 +4377,10 @@ d = {
                 "internals/loading.html#loadingoptimizer.is_own_group",
                 "sgd_sai/internals/loading.py",
             ),
+            "sgd_sai.internals.loading.LoadingOptimizer.is_own_state": (
+                "internals/loading.html#loadingoptimizer.is_own_state",
+                "sgd_sai/internals/loading.py",
+            ),
             "sgd_sai.internals.loading.LoadingOptimizer.load_state_dict": (
                 "internals/loading.html#loadingoptimizer.load_state_dict",
                 "sgd_sai/internals/loading.py",
@@ -3826,6 +4407,10 @@ d = {
             ),
             "sgd_sai.internals.loading._new_state": (
                 "internals/loading.html#_new_state",
+                "sgd_sai/internals/loading.py",
+            ),
+            "sgd_sai.internals.loading._overlap_error": (
+                "internals/loading.html#_overlap_error",
                 "sgd_sai/internals/loading.py",
             ),
             "sgd_sai.internals.loading._shape_error": (
@@ -3914,6 +4499,108 @@ d = {
             "sgd_sai.internals.options.warn_caller": (
                 "internals/options.html#warn_caller",
                 "sgd_sai/internals/options.py",
+            ),
+        },
+        "sgd_sai.internals.reference_entries": {
+            "sgd_sai.internals.reference_entries.Parameter": (
+                "internals/reference_entries.html#parameter",
+                "sgd_sai/internals/reference_entries.py",
+            ),
+            "sgd_sai.internals.reference_entries.Parameter.__str__": (
+                "internals/reference_entries.html#parameter.__str__",
+                "sgd_sai/internals/reference_entries.py",
+            ),
+            "sgd_sai.internals.reference_entries.ReferenceEntry": (
+                "internals/reference_entries.html#referenceentry",
+                "sgd_sai/internals/reference_entries.py",
+            ),
+            "sgd_sai.internals.reference_entries.ReferenceEntry.__init__": (
+                "internals/reference_entries.html#referenceentry.__init__",
+                "sgd_sai/internals/reference_entries.py",
+            ),
+            "sgd_sai.internals.reference_entries.ReferenceEntry.__repr__": (
+                "internals/reference_entries.html#referenceentry.__repr__",
+                "sgd_sai/internals/reference_entries.py",
+            ),
+            "sgd_sai.internals.reference_entries.ReferenceEntry._repr_markdown_": (
+                "internals/reference_entries.html#referenceentry._repr_markdown_",
+                "sgd_sai/internals/reference_entries.py",
+            ),
+            "sgd_sai.internals.reference_entries._Plain": (
+                "internals/reference_entries.html#_plain",
+                "sgd_sai/internals/reference_entries.py",
+            ),
+            "sgd_sai.internals.reference_entries._Plain.__init__": (
+                "internals/reference_entries.html#_plain.__init__",
+                "sgd_sai/internals/reference_entries.py",
+            ),
+            "sgd_sai.internals.reference_entries._Plain.visit_Constant": (
+                "internals/reference_entries.html#_plain.visit_constant",
+                "sgd_sai/internals/reference_entries.py",
+            ),
+            "sgd_sai.internals.reference_entries._Plain.visit_Name": (
+                "internals/reference_entries.html#_plain.visit_name",
+                "sgd_sai/internals/reference_entries.py",
+            ),
+            "sgd_sai.internals.reference_entries._Plain.visit_Subscript": (
+                "internals/reference_entries.html#_plain.visit_subscript",
+                "sgd_sai/internals/reference_entries.py",
+            ),
+            "sgd_sai.internals.reference_entries._all_arguments": (
+                "internals/reference_entries.html#_all_arguments",
+                "sgd_sai/internals/reference_entries.py",
+            ),
+            "sgd_sai.internals.reference_entries._cell": (
+                "internals/reference_entries.html#_cell",
+                "sgd_sai/internals/reference_entries.py",
+            ),
+            "sgd_sai.internals.reference_entries._code_cell": (
+                "internals/reference_entries.html#_code_cell",
+                "sgd_sai/internals/reference_entries.py",
+            ),
+            "sgd_sai.internals.reference_entries._comments": (
+                "internals/reference_entries.html#_comments",
+                "sgd_sai/internals/reference_entries.py",
+            ),
+            "sgd_sai.internals.reference_entries._fields": (
+                "internals/reference_entries.html#_fields",
+                "sgd_sai/internals/reference_entries.py",
+            ),
+            "sgd_sai.internals.reference_entries._help": (
+                "internals/reference_entries.html#_help",
+                "sgd_sai/internals/reference_entries.py",
+            ),
+            "sgd_sai.internals.reference_entries._of_function": (
+                "internals/reference_entries.html#_of_function",
+                "sgd_sai/internals/reference_entries.py",
+            ),
+            "sgd_sai.internals.reference_entries._source": (
+                "internals/reference_entries.html#_source",
+                "sgd_sai/internals/reference_entries.py",
+            ),
+            "sgd_sai.internals.reference_entries._type_node": (
+                "internals/reference_entries.html#_type_node",
+                "sgd_sai/internals/reference_entries.py",
+            ),
+            "sgd_sai.internals.reference_entries.annotation_text": (
+                "internals/reference_entries.html#annotation_text",
+                "sgd_sai/internals/reference_entries.py",
+            ),
+            "sgd_sai.internals.reference_entries.parameter_table": (
+                "internals/reference_entries.html#parameter_table",
+                "sgd_sai/internals/reference_entries.py",
+            ),
+            "sgd_sai.internals.reference_entries.parameters_of": (
+                "internals/reference_entries.html#parameters_of",
+                "sgd_sai/internals/reference_entries.py",
+            ),
+            "sgd_sai.internals.reference_entries.show_doc": (
+                "internals/reference_entries.html#show_doc",
+                "sgd_sai/internals/reference_entries.py",
+            ),
+            "sgd_sai.internals.reference_entries.signature_text": (
+                "internals/reference_entries.html#signature_text",
+                "sgd_sai/internals/reference_entries.py",
             ),
         },
         "sgd_sai.internals.rounding": {
@@ -4771,6 +5458,10 @@ d = {
                 "optimizers/scaled_optimizer.html#is_sgd_sai_group",
                 "sgd_sai/scaled_optimizer.py",
             ),
+            "sgd_sai.scaled_optimizer.is_sgd_sai_state": (
+                "optimizers/scaled_optimizer.html#is_sgd_sai_state",
+                "sgd_sai/scaled_optimizer.py",
+            ),
         },
         "sgd_sai.sgd_sai": {
             "sgd_sai.sgd_sai.SGDSaI": ("optimizers/sgd_sai.html#sgdsai", "sgd_sai/sgd_sai.py"),
@@ -4894,6 +5585,10 @@ d = {
             ),
             "sgd_sai.step_in_backward._measure_norm": (
                 "optimizers/step_in_backward.html#_measure_norm",
+                "sgd_sai/step_in_backward.py",
+            ),
+            "sgd_sai.step_in_backward._parse_max_norm": (
+                "optimizers/step_in_backward.html#_parse_max_norm",
                 "sgd_sai/step_in_backward.py",
             ),
             "sgd_sai.step_in_backward._release": (

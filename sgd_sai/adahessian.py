@@ -24,6 +24,7 @@ from sgd_sai.hutchinson import (
 from sgd_sai.internals.base import (
     AveragingOptimizer,
     average_dtype,
+    check_holds_numbers,
     closure_loss,
     debias,
     lr_of,
@@ -190,6 +191,7 @@ def _curvature(
     _check_same_everywhere(opt, due_groups, params)
     if not params:
         return {}
+    check_holds_numbers(opt, params, "a curvature could be estimated: build the model on a device, with model.to_empty")
     check_graphs(opt, opt.watch(), params)
     n_samples = max(group["n_samples"] for group in due_groups)
     diagonals = hutchinson_diagonal(grads, params, n_samples, signs_by_group(opt, due))

@@ -146,7 +146,7 @@ def gsnr(
     eps: float = 1e-8,  # added to the standard deviation, in its unit; at most 1e-3 of the root mean square
     correction: int = 1,  # 1: unbiased standard deviation, as released; 0: population, as printed in the paper
 ) -> Tensor:  # 0-d, float32 (float64 for float64 input), no unit
-    """Gradient signal-to-noise ratio $G = \\lVert g\\rVert / (\\sigma + \\varepsilon)$ (arXiv 2412.11768, Algorithm 1).
+    """Gradient signal-to-noise ratio $G = \\Vert g\\Vert / (\\sigma + \\varepsilon)$ (arXiv 2412.11768, Algorithm 1).
 
     Scale free: `gsnr(c*grad)` is `gsnr(grad)`. 0 for an empty or all-zero tensor ("not measured"), 1 for a single
     entry, huge for a constant tensor, nan as soon as one entry is not finite. A `DTensor` counts as the whole tensor

@@ -25,13 +25,12 @@ from sgd_sai.internals.sharding import (
     all_reduce_rows,
     any_sharded,
     check_same_tensors,
-    holds_numbers,
     is_fsdp1_shard,
     redistribute_like,
     shard_as_dtensor,
 )
 
-from .internals.base import BaseOptimizer
+from .internals.base import BaseOptimizer, check_holds_numbers
 from .internals.names import listed
 from .scale_rules import BUILT_IN_RULES, measure_scales
 
@@ -131,13 +130,12 @@ def _check_measurable(opt: BaseOptimizer, new: list[tuple[Tensor, dict]]):
             f"{listed([opt.name_of(p) for p, _ in new])}. "
             "Make ordinary steps until `optimizer.scales()` lists them, then capture"
         )
-    without_numbers = [opt.name_of(p) for p, _ in new if not holds_numbers(p)]
-    if without_numbers:
-        raise RuntimeError(
-            f"{listed(without_numbers)}: tensors on the meta device, and fake tensors, hold no numbers from which "
-            "a scale could be measured. Set scales first, as in "
-            "optimizer.set_scales({name: p.numel() ** 0.5 for name, p in model.named_parameters()})"
-        )
+    check_holds_numbers(
+        opt,
+        [p for p, _ in new],
+        "a scale could be measured. Set scales first, as in "
+        "optimizer.set_scales({name: p.numel() ** 0.5 for name, p in model.named_parameters()})",
+    )
 
 
 @torch._disable_dynamo  # as PyTorch's own optimizers do; the public form would import the compiler

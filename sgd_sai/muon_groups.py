@@ -147,7 +147,7 @@ def as_muon_groups(
 ) -> list[dict]:  # each with muon=True or False
     """Groups of a model, or the groups that were given, where one without a mark is none of matrices.
 
-    Raises `TypeError` for parameters without groups, `ValueError` where no group is marked."""
+    Raises `TypeError` for parameters without groups, `ValueError` where no mark says yes and some groups have none."""
     if isinstance(params, nn.Module):
         groups = muon_groups(params)
         warn_without_matrices(params, groups, cls)
@@ -158,11 +158,11 @@ def as_muon_groups(
     if not all(isinstance(group, dict) for group in groups):
         raise TypeError(f"{cls} has to know which parameters are hidden matrices: {_TWO_WAYS}")
     groups = [read_mark(group) for group in groups]
-    if groups and not any("muon" in group for group in groups):
+    if not any(group.get("muon") for group in groups) and not all("muon" in group for group in groups):
         raise ValueError(
-            f"none of the parameter groups says whether it consists of hidden matrices, so {cls} would run without "
-            f"Muon: {_TWO_WAYS}. A program that makes the groups itself has to be given the optimizer, or its groups: "
-            "sgd_sai.muon_groups.muon_groups(model) makes them"
+            f"none of the parameter groups says that it consists of hidden matrices, and not all say that they do not, "
+            f"so {cls} would run without Muon: {_TWO_WAYS}. A program that makes the groups itself has to be given the "
+            "optimizer, or its groups: sgd_sai.muon_groups.muon_groups(model) makes them"
         )
     return [{"muon": False} | group for group in groups]
 

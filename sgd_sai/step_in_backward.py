@@ -23,6 +23,7 @@ from sgd_sai.internals.backward_passes import (
     running_roots,
 )
 
+from .internals.options import parse_option
 from .internals.single_steps import SingleSteps
 
 
@@ -112,6 +113,14 @@ def check_in_backward(optimizer: torch.optim.Optimizer):
             "a step inside the backward pass would use the gradients of one process: "
             "call optimizer.step() after the backward pass, when they have been averaged"
         )
+
+
+def _parse_max_norm(max_norm) -> float | None:
+    "A norm to clip at, also from text. Raises `ValueError` for a negative one, and for what is no number."
+    value = parse_option("max_norm", max_norm)
+    if value is not None and not value >= 0:
+        raise ValueError(f"Invalid max_norm value: {max_norm}")
+    return value
 
 
 def _global_norm(norms: list[Tensor]) -> Tensor:  # 0-d
@@ -261,7 +270,7 @@ def _backward(self: "StepInBackward", loss: Tensor) -> Tensor | None:
 class StepInBackward(GradientHooks):
     """Makes `optimizer` step inside `loss.backward()` and drops each gradient. Raises as `check_in_backward` does.
 
-    A backward pass whose gradients are incomplete or scaled raises `RuntimeError` before anything steps."""
+    `ValueError` for a wrong `max_norm`; `RuntimeError`, before anything steps, for incomplete or scaled gradients."""
 
     def __init__(
         self,
@@ -269,7 +278,7 @@ class StepInBackward(GradientHooks):
         max_norm: float | None = None,  # clip at this global norm, as torch.nn.utils.clip_grad_norm_; None: do not
     ):
         check_in_backward(optimizer)
-        self.max_norm, self.factor, self.norms = max_norm, None, None
+        self.max_norm, self.factor, self.norms = _parse_max_norm(max_norm), None, None
         self.current_pass, self.stepped, self.passes, self.is_explicit, self.step_hook = None, set(), 0, False, None
         super().__init__(optimizer)
 

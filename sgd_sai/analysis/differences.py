@@ -80,11 +80,11 @@ def difference_frame(
     for each in experiments:
         gap, unit = difference(each.task, each.runs, first, second), each.task.unit
         low, high = gap.spread.interval()
-        row = {"task": each.task.name, "unit": unit.name}
+        row = {"task": each.task.name}
         for name, value in (("mean", gap.spread.mean), ("low", low), ("high", high)):
             row[name] = round(unit.scale * value, unit.digits + 1)
-        row |= {"better": f"{gap.better} of {gap.spread.n}", "verdict": verdict(gap.spread, unit)}
-        rows.append(row)
+        said = {"verdict": verdict(gap.spread, unit), "unit": unit.name, "better": f"{gap.better} of {gap.spread.n}"}
+        rows.append(row | said)
     return pd.DataFrame(rows).set_index("task")
 
 
@@ -107,7 +107,8 @@ def gap_text(
 ) -> str:  # e.g. '+0.31 [+0.01, +0.61] better'
     "A difference in the unit of the task, its interval of 95 % confidence, and the verdict."
     mean, low, high = (f"{unit.scale * value:+.{unit.digits}f}" for value in (gap.mean, *gap.interval()))
-    return f"{mean} [{low}, {high}] {verdict(gap, unit)}"
+    interval = f"[{low}, {high}]" if gap.n > 1 else "(one seed)" if gap.n else "(no common seed)"
+    return f"{mean} {interval} {verdict(gap, unit)}"
 
 
 def difference_text(
@@ -130,9 +131,9 @@ def difference_matrix(
 
     rows = []
     for each in experiments:
-        row, present = {"task": each.task.name, "unit": each.task.unit.name}, {run["optimizer"] for run in each.runs}
+        row, present = {"task": each.task.name}, {run["optimizer"] for run in each.runs}
         for name in names:
             text = difference_text(each.task, each.runs, name, second) if name in present else ""
             row[optimizer_label(name)] = text
-        rows.append(row)
+        rows.append(row | {"unit": each.task.unit.name})
     return pd.DataFrame(rows).set_index("task")

@@ -18,6 +18,7 @@ __all__ = [
     "gpu_first_table",
     "gpu_memory_table",
     "gpu_compared_table",
+    "gpu_newton_schulz_table",
     "gpu_training_table",
 ]
 
@@ -26,6 +27,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from ..benchmarks.device_parts import NEWTON_SCHULZ
 from ..benchmarks.step_time_tables import ratio_beside, three_digits
 from ..experiments.optimizers import optimizer_label
 from ..experiments.runs import load_runs
@@ -55,6 +57,11 @@ def gpu_unit(
 ) -> dict | None:  # None: not measured
     "What a unit of a part has measured; a unit that failed may have numbers too."
     return parts.get(part, {}).get("units", {}).get(unit, {}).get("result")
+
+
+def _units_of_steps(record: dict) -> dict[str, dict]:
+    "The units of a part that measured steps, without those that measured Newton-Schulz iterations alone."
+    return {name: unit for name, unit in record.get("units", {}).items() if not name.startswith(NEWTON_SCHULZ)}
 
 
 # %% ../../nbs/analysis/gpu_tables.ipynb #3ea728e1
@@ -111,7 +118,7 @@ def _units_that(part: str, *statuses: str) -> Callable:
     def count(parts):
         record = parts[part]
         ended = record["status"] in _COMPLETE
-        return sum(unit["status"] in statuses for unit in record["units"].values()) if ended else None
+        return sum(unit["status"] in statuses for unit in _units_of_steps(record).values()) if ended else None
 
     return count
 
@@ -197,7 +204,7 @@ def gpu_part_table(
     "What was run where, when, from which code, and what came of it."
     import pandas as pd
 
-    rows, unknown = [], dict.fromkeys(("date", "code", "torch", "notes"), "")
+    rows, unknown = [], dict.fromkeys(("notes", "date", "code", "torch"), "")
     for card, parts in (cards or {"any card": {}}).items():
         for part in GPU_PARTS:
             row, record = {"card": card, "part": part}, parts.get(part)
@@ -206,7 +213,7 @@ def gpu_part_table(
                 continue
             where = record["environment"]
             code = {"date": where["date"][:10], "code": where["commit"] or where["code"], "torch": where["torch"]}
-            rows.append(row | {"status": record["status"], **code, "notes": _part_notes(record)})
+            rows.append(row | {"status": record["status"], "notes": _part_notes(record), **code})
     return pd.DataFrame(rows)
 
 
@@ -298,6 +305,13 @@ def gpu_memory_table(
 
 
 # %% ../../nbs/analysis/gpu_tables.ipynb #645dcb15
+def _same_text(unit: dict) -> str:
+    "Whether two ways gave the same, from a unit that compared them; its error where it has no numbers."
+    if "result" not in unit:
+        return f"{unit['status']}: {unit.get('error', '')}"
+    return f"{'yes' if unit['status'] == 'passed' else '**no**'}, up to {unit['result']['difference']:.0e}"
+
+
 def gpu_compared_table(
     cards: dict,  # from read_gpu_records
     part: str,  # 'graphs' or 'compile'
@@ -307,13 +321,39 @@ def gpu_compared_table(
 
     rows, times = [], {"ordinary, ms": "ms", "this way, ms": "other_ms", "ratio": "ratio"}
     for card, parts in cards.items():
-        for name, unit in parts.get(part, {}).get("units", {}).items():
-            record, same = unit.get("result"), f"{unit['status']}: {unit.get('error', '')}"
-            if record:
-                same = f"{'yes' if unit['status'] == 'passed' else '**no**'}, up to {record['difference']:.0e}"
+        for name, unit in _units_of_steps(parts.get(part, {})).items():
+            record = unit.get("result")
             numbers = {head: three_digits(record[key]["median"]) if record else "" for head, key in times.items()}
-            rows.append({"card": card, "step": name, "the same": same} | numbers)
+            rows.append({"card": card, "step": name, "the same": _same_text(unit)} | numbers)
     return pd.DataFrame(rows)
+
+
+# %% ../../nbs/analysis/gpu_tables.ipynb #6dc090c4
+def _newton_schulz_numbers(record: dict) -> dict[str, str]:
+    "Times of one stack of matrices as texts."
+    ratio = record["ratio"]
+    return {
+        "as it is, ms": three_digits(record["ms"]["median"]),
+        "compiled, ms": three_digits(record["other_ms"]["median"]),
+        "ratio": three_digits(ratio["median"]),
+        "quartiles": f"{three_digits(ratio['low'])} to {three_digits(ratio['high'])}",
+        "to compile, s": three_digits(record["compile_seconds"]),
+    }
+
+
+def gpu_newton_schulz_table(
+    cards: dict,  # from read_gpu_records
+):  # DataFrame: a row per card and stack of matrices
+    "Newton-Schulz iterations as they are beside compiled ones: whether they are the same, and both times."
+    import pandas as pd
+
+    rows = []
+    for card, parts in cards.items():
+        for name, unit in parts.get("compile", {}).get("units", {}).items():
+            if name.startswith(NEWTON_SCHULZ):
+                row = {"card": card, "matrices": name.removeprefix(f"{NEWTON_SCHULZ}, "), "the same": _same_text(unit)}
+                rows.append(row | (_newton_schulz_numbers(unit["result"]) if "result" in unit else {}))
+    return pd.DataFrame(rows).fillna("")
 
 
 # %% ../../nbs/analysis/gpu_tables.ipynb #3d0dc23c

@@ -11,8 +11,11 @@ __all__ = [
     "at_edge",
     "trained_parameters",
     "ranking",
+    "in_figure_unit",
     "Experiment",
+    "files_chosen_from",
     "tuning_sweeps",
+    "read_experiment",
     "load_experiment",
     "extra_frame",
     "is_frugal",
@@ -78,10 +81,12 @@ def finals(
 def at_edge(
     tuned: list[dict],  # runs of the grid
     name: str,  # registry name of the optimizer
-    lr: float,  # the learning rate that was chosen
+    lr: float | None,  # the learning rate that was chosen; None: the optimizer's own
 ) -> str:  # 'low', 'high', or '' when there were smaller and larger ones
     "Say if the chosen learning rate is the smallest or the largest that was tried."
-    tried = {run["hyperparameters"]["lr"] for run in tuned if run["optimizer"] == name}
+    if lr is None:
+        return ""
+    tried = {run["hyperparameters"].get("lr", lr) for run in tuned if run["optimizer"] == name}
     return "low" if lr == min(tried) else "high" if lr == max(tried) else ""
 
 
@@ -95,22 +100,22 @@ def trained_parameters(
 # %% ../../nbs/analysis/rankings.ipynb #6f207621
 def _ranking_row(task: Task, mine: list[dict], tuned: list[dict], cost: dict | None) -> dict:
     "The line of one optimizer: `mine` are its runs, `cost` its entry in a record of costs."
-    name, lr = mine[0]["optimizer"], mine[0]["hyperparameters"]["lr"]
+    name, lr = mine[0]["optimizer"], mine[0]["hyperparameters"].get("lr")
     final = spread(finals(task, mine, name).values())
     row = {
         "optimizer": optimizer_label(name),
+        "mean": final.mean,
+        "std": final.std,
         "lr": lr,
+        "state B/param": mine[0]["state_bytes"] / trained_parameters(mine[0]),
         "edge": at_edge(tuned, name, lr),
         "cells": len({json.dumps(run["hyperparameters"], sort_keys=True) for run in tuned if run["optimizer"] == name}),
         "seeds": len(mine),
         "diverged": len(mine) - final.n,
-        "mean": final.mean,
-        "std": final.std,
-        "state B/param": mine[0]["state_bytes"] / trained_parameters(mine[0]),
     }
     if cost:
         ms = cost["ms"]["median"]
-        row |= {"step ms": ms, "x SGDM": cost["ratio"]["median"], "run s": ms * mine[0]["steps"] / 1e3}
+        row |= {"x SGDM": cost["ratio"]["median"], "step ms": ms, "run s": ms * mine[0]["steps"] / 1e3}
     return row
 
 
@@ -129,11 +134,22 @@ def ranking(
     for name in dict.fromkeys(run["optimizer"] for run in runs):
         mine = [run for run in runs if run["optimizer"] == name]
         rows.append(_ranking_row(task, mine, tuned, measured.get(name)))
-    return (
-        pd.DataFrame(rows)
-        .sort_values("mean", ascending=not task.higher_is_better, kind="stable")
-        .set_index("optimizer")
-    )
+    frame = pd.DataFrame(rows).sort_values("mean", ascending=not task.higher_is_better, kind="stable")
+    if "x SGDM" in frame:
+        frame.insert(frame.columns.get_loc("edge"), "x SGDM", frame.pop("x SGDM"))
+    return frame.set_index("optimizer")
+
+
+# %% ../../nbs/analysis/rankings.ipynb #fab94afa
+def in_figure_unit(
+    frame,  # DataFrame, from ranking for instance
+    task: Task,
+    columns: list[str],  # those that hold the task's metric
+):  # DataFrame; the names of these columns say the unit
+    "A frame whose metric is in the unit of the task's figures, rounded as it is printed there."
+    unit = "%" if task.higher_is_better else task.unit.name
+    values = {name: (task.unit.scale * frame[name]).round(task.unit.digits) for name in columns}
+    return frame.assign(**values).rename(columns={name: f"{name} ({unit})" for name in columns})
 
 
 # %% ../../nbs/analysis/rankings.ipynb #24fa4b41
@@ -167,30 +183,50 @@ def _seeds(runs: list[dict]) -> str:
 
 
 # %% ../../nbs/analysis/rankings.ipynb #e36770d2
+def files_chosen_from(
+    path,  # of a sweep's YAML file
+) -> list[Path]:  # the nearest first
+    "The file of the sweep that a sweep chooses its settings from (`best_of`), the one that this one chooses from, ..."
+    import yaml
+
+    path, files = Path(path), []
+    while other := yaml.safe_load(path.read_text(encoding="utf-8")).get("best_of"):
+        path = path.with_name(other)
+        files.append(path)
+    return files
+
+
 def tuning_sweeps(
     name: str,  # path of a file below sweeps/, without .yaml
     root: Path,  # of the repository
 ) -> list[str]:  # names in the same form, the nearest first
-    "The sweep that a sweep chooses its settings from, the one that this one chooses from, and so on."
-    import yaml
+    "`files_chosen_from` by names."
+    files = files_chosen_from(root / "sweeps" / f"{name}.yaml")
+    return [path.relative_to(root / "sweeps").with_suffix("").as_posix() for path in files]
 
-    path, names = root / "sweeps" / f"{name}.yaml", []
-    while other := yaml.safe_load(path.read_text(encoding="utf-8")).get("best_of"):
-        path = path.with_name(other)
-        names.append(path.relative_to(root / "sweeps").with_suffix("").as_posix())
-    return names
+
+# %% ../../nbs/analysis/rankings.ipynb #bc4d7262
+def read_experiment(
+    path,  # of a sweep's YAML file
+    folder,  # root of the run files
+    items: int = 60_000,  # size of the training data, where a sweep counts in epochs
+) -> Experiment:
+    """A sweep from its file, with those that it says tuned it.
+
+    Raises `UsageError` for what is wrong in a file, `FileNotFoundError` when runs are missing."""
+    stages = [recorded_runs(file, folder, items) for file in reversed(files_chosen_from(path))]
+    runs, task = recorded_runs(path, folder, items), get_task(read_sweep(path).task)
+    costs = step_cost_path(folder, task.name)
+    return Experiment(Path(path).stem, task, runs, stages, json.loads(costs.read_text()) if costs.exists() else None)
 
 
 def load_experiment(
     name: str,  # path of a file below sweeps/ that has `best_of`, without .yaml
     root=None,  # of the repository; None: found
 ) -> Experiment:
-    "A sweep of best cells and those that it says tuned it. Raises as `sweep_runs` does."
+    "`read_experiment` of a sweep of the repository. Raises as it does."
     root = Path(root or repository())
-    task, runs = sweep_runs(name, root)
-    stages = [sweep_runs(chosen_from, root)[1] for chosen_from in reversed(tuning_sweeps(name, root))]
-    costs = step_cost_path(root / "results", task.name)
-    return Experiment(name, task, runs, stages, json.loads(costs.read_text()) if costs.exists() else None)
+    return read_experiment(root / "sweeps" / f"{name}.yaml", root / "results")._replace(name=name)
 
 
 # %% ../../nbs/analysis/rankings.ipynb #2ec9ef4f

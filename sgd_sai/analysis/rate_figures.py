@@ -246,6 +246,6 @@ def rate_frame(
     close = close or (0.01 if metric == "accuracy" else 5 * task.loss_unit.close)
     names = dict.fromkeys(run["optimizer"] for run in runs)
     rows = [_rate_row(task, runs, name, close, metric) for name in names]
-    columns = ["optimizer", "best", "lr", "lr x wd", "edge", "from", "to", "range", "near", "cells", "diverged"]
+    columns = ["optimizer", "best", "lr", "range", "near", "edge", "lr x wd", "from", "to", "cells", "diverged"]
     frame = pd.DataFrame(rows, columns=columns).set_index("optimizer")
     return frame.sort_values("best", ascending=metric != "accuracy", kind="stable")

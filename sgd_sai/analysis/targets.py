@@ -92,7 +92,7 @@ def target_frame(
     for column, ratio in (("steps", "x AdamW"), ("seconds", "x AdamW's time")):
         of_adamw = adamw[column].iloc[0] if len(adamw) else math.nan
         frame[ratio] = frame[column] / of_adamw
-    order = ["optimizer", "reached", "seeds", "steps", "first", "last", "x AdamW", "seconds", "x AdamW's time"]
+    order = ["optimizer", "reached", "seeds", "steps", "x AdamW", "seconds", "x AdamW's time", "first", "last"]
     frame = frame.sort_values(["steps", "reached"], ascending=[True, False], kind="stable")
     return frame[order].set_index("optimizer")
 
@@ -115,6 +115,6 @@ def target_texts(
     import pandas as pd
 
     texts = {"reached": [f"{reached} of {seeds}" for reached, seeds in zip(frame.reached, frame.seeds, strict=True)]}
-    for column, digits in {"steps": 0, "first": 0, "last": 0, "x AdamW": 2, "seconds": 1, "x AdamW's time": 2}.items():
+    for column, digits in {"steps": 0, "x AdamW": 2, "seconds": 1, "x AdamW's time": 2, "first": 0, "last": 0}.items():
         texts[column] = [_text(value, digits) for value in frame[column]]
     return pd.DataFrame(texts, index=frame.index)

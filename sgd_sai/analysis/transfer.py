@@ -80,7 +80,7 @@ def rate_table(
     grids: dict,  # size, e.g. the width 48 -> (task, runs of a grid of learning rates)
     names=None,  # registry names; None: all
     metric: str = "val_loss",  # or 'accuracy'
-):  # DataFrame: optimizers x (sizes, 'power', 'low', 'high', 'seeds')
+):  # DataFrame: optimizers x (sizes, 'power', 'seeds', 'low', 'high')
     "Best rates, and the power of the size that they follow. Raises `ValueError` for a size that is no positive number."
     import pandas as pd
 
@@ -92,8 +92,8 @@ def rate_table(
         rates = _rates(grids, name, metric)
         powers = _powers_of_seeds(grids, name, metric, set(rates)) if len(rates) > 1 else []
         row = {"optimizer": optimizer_label(name)} | {size: rates.get(size, math.nan) for size in grids}
-        ends = {"low": min(powers, default=math.nan), "high": max(powers, default=math.nan), "seeds": len(powers)}
-        rows.append(row | {"power": _power(rates)} | ends)
+        ends = {"low": min(powers, default=math.nan), "high": max(powers, default=math.nan)}
+        rows.append(row | {"power": _power(rates), "seeds": len(powers)} | ends)
     return pd.DataFrame(rows).set_index("optimizer")
 
 

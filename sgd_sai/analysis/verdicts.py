@@ -10,6 +10,7 @@ __all__ = [
     "OPEN",
     "UNTESTED",
     "VERDICTS",
+    "SIGNS",
     "Claim",
     "holds_if",
     "by_count",
@@ -28,6 +29,7 @@ from .rankings import sweep_runs
 HOLDS, PART, NOT, OPEN = "holds", "holds in part", "not here", "open"
 UNTESTED = "cannot be tested here"
 VERDICTS = (HOLDS, PART, NOT, OPEN, UNTESTED)
+SIGNS = dict(zip(VERDICTS, "✓◐✗?–", strict=True))
 
 
 @dataclass(frozen=True)
@@ -90,9 +92,10 @@ def at_least_even(
 def board(
     claims: list[Claim],
 ) -> str:  # a table in markdown
-    "Claims as a table."
-    lines = ["| claim | paper | here | verdict | page |", "|---|---|---|---|---|"]
+    "Claims as a table. A verdict has a sign and words, and on the site a colour (styles.css)."
+    lines = ["| claim | verdict | here | paper | page |", "|---|---|---|---|---|"]
     for claim in claims:
-        said = claim.verdict if claim.verdict == UNTESTED else f"**{claim.verdict}**"
-        lines.append(f"| {claim.words} | {claim.theirs} | {claim.ours} | {said} | {claim.page} |")
+        kind = claim.verdict.replace(" ", "-")
+        said = f'<span class="verdict {kind}-verdict">{SIGNS[claim.verdict]} {claim.verdict}</span>'
+        lines.append(f"| {claim.words} | {said} | {claim.ours} | {claim.theirs} | {claim.page} |")
     return "\n".join(lines)

@@ -7,6 +7,7 @@ __all__ = [
     "STEP_FORMS",
     "FIRST_STEPS",
     "LATER_STEPS",
+    "NEWTON_SCHULZ_TOLERANCE",
     "StepForm",
     "build_form",
     "captured_step",
@@ -14,6 +15,7 @@ __all__ = [
     "largest_difference",
     "StepTwins",
     "compare_steps",
+    "compare_newton_schulz",
 ]
 
 # %% ../../nbs/benchmarks/captured_steps.ipynb #8014d324
@@ -26,9 +28,10 @@ from torch import Tensor, nn
 from ..adan import Adan
 from ..experiments.muon_adamw import groups_by_shape
 from ..muon_sai import MuonSaI
+from ..orthogonalize import orthogonalize_
 from ..sgd_sai import SGDSaI
 from .device_records import NotAvailable
-from .measuring import interleave, quartiles, random_parameters
+from .measuring import interleave, quartiles, random_parameters, seconds_of
 
 
 # %% ../../nbs/benchmarks/captured_steps.ipynb #ec8a9738
@@ -150,6 +153,16 @@ class StepTwins:
 
 
 # %% ../../nbs/benchmarks/captured_steps.ipynb #d25c90cd
+def _times(other: Callable, ordinary: Callable, rounds: int, device: str, budget: float) -> dict:
+    "Both in turns: their milliseconds, and the ratio of a round, as quartiles."
+    others, seconds = interleave(other, ordinary, rounds, device, budget)
+    return {
+        "ms": quartiles([1e3 * t for t in seconds]),
+        "other_ms": quartiles([1e3 * t for t in others]),
+        "ratio": quartiles([a / b for a, b in zip(others, seconds, strict=True)]),
+    }
+
+
 def compare_steps(
     form: StepForm,
     shapes,  # of the parameters
@@ -162,14 +175,35 @@ def compare_steps(
     twins = StepTwins(form, shapes, device, **settings)
     ordinary, other = twins.opts[0].step, make(twins.opts[1])
     difference = twins.follow(ordinary, other)
-    others, seconds = interleave(other, ordinary, rounds, device, budget=10.0)
-    record = {
-        "difference": difference,
-        "tolerance": form.tolerance,
-        "ms": quartiles([1e3 * t for t in seconds]),
-        "other_ms": quartiles([1e3 * t for t in others]),
-        "ratio": quartiles([a / b for a, b in zip(others, seconds, strict=True)]),
-    }
+    times = _times(other, ordinary, rounds, device, budget=10.0)
+    record = {"difference": difference, "tolerance": form.tolerance, **times}
     if not difference <= form.tolerance:
         record["problem"] = f"the parameters differ by {difference:.1e} of their movement, more than {form.tolerance:g}"
+    return record
+
+
+# %% ../../nbs/benchmarks/captured_steps.ipynb #36f4f43f
+NEWTON_SCHULZ_TOLERANCE = 0.1  # of the largest entry of a matrix: rounding of five iterations in bfloat16
+
+
+def compare_newton_schulz(
+    shape,  # matrices, shorter side, longer side
+    device: str,  # 'cpu' or 'cuda'
+    backend: str = "inductor",  # of torch.compile
+    rounds: int = 20,  # of the times
+) -> dict:  # as compare_steps, and compile_seconds
+    "Orthogonal factors of random matrices in bfloat16, as they are computed and through torch.compile."
+    generator = torch.Generator(device).manual_seed(0)
+    stack = torch.randn(shape, generator=generator, device=device).bfloat16()
+    other = stack.clone()
+    torch._dynamo.reset()
+    compiled = torch.compile(orthogonalize_, backend=backend)
+    record = {"compile_seconds": seconds_of(lambda: compiled(other), device)}
+    orthogonalize_(stack)
+    matrices, others = [*stack.float()], [*other.float()]
+    difference = largest_difference(matrices, others, [torch.zeros_like(matrix) for matrix in matrices])
+    record |= {"difference": difference, "tolerance": NEWTON_SCHULZ_TOLERANCE}
+    record |= _times(lambda: compiled(other), lambda: orthogonalize_(stack), rounds, device, budget=2.0)
+    if not difference <= NEWTON_SCHULZ_TOLERANCE:
+        record["problem"] = f"the factors differ by {difference:.1e} of their largest entry"
     return record

@@ -10,6 +10,8 @@ __all__ = [
     "BY_TRITON",
     "KEPT",
     "COMPILED",
+    "NEWTON_SCHULZ",
+    "NEWTON_SCHULZ_STACKS",
     "DEVICE_PARTS",
     "step_units",
     "waits",
@@ -17,15 +19,24 @@ __all__ = [
     "memory_units",
     "graph_units",
     "compile_units",
+    "newton_schulz_units",
 ]
 
 # %% ../../nbs/benchmarks/device_parts.ipynb #3b679c62
 from collections.abc import Callable
 from functools import partial
 
+from sgd_sai.benchmarks.captured_steps import (
+    STEP_FORMS,
+    StepForm,
+    captured_step,
+    compare_newton_schulz,
+    compare_steps,
+    compiled_step,
+)
+
 from ..experiments.optimizers import get_optimizer
 from ..internals.tensor_tables import has_triton, triton_as_default
-from .captured_steps import STEP_FORMS, StepForm, captured_step, compare_steps, compiled_step
 from .device_memory import memory_of_optimizers
 from .device_times import synchronisations
 from .measuring import random_parameters
@@ -152,10 +163,32 @@ def graph_units(device: str, quick: bool = False) -> dict[str, Callable]:
 
 
 def compile_units(device: str, quick: bool = False) -> dict[str, Callable]:
-    "Compiled steps beside ordinary ones; the rehearsal traces them and generates no code."
+    "Compiled steps and Newton-Schulz iterations beside ordinary ones; the rehearsal traces and generates no code."
     make, shapes = partial(compiled_step, backend="eager" if quick else "inductor"), _first_of(quick)
     labels = COMPILED[:1] if quick else COMPILED
-    return {label: partial(_compared, STEP_FORMS[label], shapes, device, make, quick) for label in labels}
+    units = {label: partial(_compared, STEP_FORMS[label], shapes, device, make, quick) for label in labels}
+    return units | newton_schulz_units(device, quick)
+
+
+# %% ../../nbs/benchmarks/device_parts.ipynb #9a4f001a
+NEWTON_SCHULZ = "Newton-Schulz"  # begins the names of its units
+NEWTON_SCHULZ_STACKS = (  # matrices, shorter side, longer side
+    (12, 768, 768),
+    (12, 768, 3072),
+    (12, 768, 2304),
+    (2, 768, 768),  # as many as a step takes at a time
+    (1, 768, 3072),
+)
+_QUICK_STACKS = ((2, 24, 40),)
+
+
+def newton_schulz_units(device: str, quick: bool = False) -> dict[str, Callable]:
+    "Newton-Schulz iterations as they are beside compiled ones, stack by stack."
+    backend, rounds = ("eager", 3) if quick else ("inductor", 20)
+    stacks = _QUICK_STACKS if quick else NEWTON_SCHULZ_STACKS
+    names = (f"{NEWTON_SCHULZ}, {' x '.join(map(str, stack))}" for stack in stacks)
+    measured = (partial(compare_newton_schulz, stack, device, backend, rounds) for stack in stacks)
+    return dict(zip(names, measured, strict=True))
 
 
 # %% ../../nbs/benchmarks/device_parts.ipynb #cb0a824e

@@ -16,6 +16,7 @@ import sgd_sai
 from sgd_sai.cli.train_commands import (
     compare_command,
     pack_command,
+    rank_command,
     repeat_command,
     report_command,
     sweep_command,
@@ -31,6 +32,7 @@ COMMANDS = {  # name -> function, in the order in which the help shows them
     "tasks": tasks_command,
     "compare": compare_command,
     "sweep": sweep_command,
+    "rank": rank_command,
     "repeat": repeat_command,
     "pack": pack_command,
     "report": report_command,

@@ -19,6 +19,7 @@ __all__ = [
     "ThreadsOption",
     "CompileOption",
     "BusyOption",
+    "ChunksOption",
     "cost_command",
     "memory_command",
     "speed_command",
@@ -258,6 +259,24 @@ def _print_step_time(model: str, busy: bool, record: dict):
         console.print(line, highlight=False, markup=False)
 
 
+# %% ../../nbs/cli/measure_commands.ipynb #52c2d86d
+def _speed_of_chunks(model: str, rounds: int | None) -> dict:
+    "Measure a model's steps with shorter and longer chunks, and print them: the record."
+    from sgd_sai.benchmarks.chunk_sizes import chunk_size_table, measure_chunk_sizes
+
+    with progress_bar(model, stderr=True) as update:
+        record = measure_chunk_sizes(_shapes_of(model), rounds or 20, progress=update)
+    print_table(chunk_size_table(record, model), 100)
+    return record
+
+
+def _speed_of_steps(model: str, busy: bool, options: dict) -> dict:
+    "Measure the steps of optimizers, and print them: the record."
+    record = _measure_step_time(model, busy, options)
+    _print_step_time(model, busy, record)
+    return record
+
+
 # %% ../../nbs/cli/measure_commands.ipynb #8d4f79d6
 SpeedModelArgument = Annotated[
     str,
@@ -288,9 +307,20 @@ CompileOption = Annotated[
 BusyOption = Annotated[
     bool, typer.Option("--busy", help="Measure alone, and again while one other process per core computes.")
 ]
+ChunksOption = Annotated[
+    bool, typer.Option("--chunks", help="Measure SGDSaI's step with shorter and longer chunks instead, on the CPU.")
+]
 
 
 # %% ../../nbs/cli/measure_commands.ipynb #10756d35
+def _check_kind(model: str, optimizers: str, device: str, busy: bool, chunks: bool):
+    "Raise `UsageError` for a measurement that does not exist."
+    if model == "tensors" and busy:
+        raise UsageError("--busy goes with a model or NxM, e.g. `sgd-sai speed 2000x256 --busy`")
+    if chunks and (busy or optimizers or model == "tensors" or device != "cpu"):
+        raise UsageError("--chunks goes with a model or NxM on the CPU alone, e.g. `sgd-sai speed gpt2 --chunks`")
+
+
 def _speed_options(names: list[str], reference: str, rounds: int | None, device: str, compiled: bool) -> dict:
     "Arguments of the measuring functions. Raises `UsageError` for an unknown optimizer."
     from sgd_sai.benchmarks.step_time import choose
@@ -312,6 +342,7 @@ def speed_command(
     threads: ThreadsOption = None,
     compiled: CompileOption = False,
     busy: BusyOption = False,
+    chunks: ChunksOption = False,
     out: RecordOption = None,
     plugin: PluginOption = (),
 ):
@@ -327,13 +358,12 @@ def speed_command(
         if model == "list":
             return _print_speed_names()
         options = _speed_options(split_names(optimizers), reference, rounds, device, compiled)
-        if model == "tensors" and busy:
-            raise UsageError("--busy goes with a model or NxM, e.g. `sgd-sai speed 2000x256 --busy`")
+        _check_kind(model, optimizers, device, busy, chunks)
         if out:
             check_writable(out)
         if threads:
             torch.set_num_threads(threads)
-        record = _measure_step_time(model, busy, options)
-        _print_step_time(model, busy, record)
+        record = _speed_of_chunks(model, rounds) if chunks else _speed_of_steps(model, busy, options)
         if out:
-            save_record(speed_path(out, model + "-busy" * busy, device), record | {"environment": environment(device)})
+            name = model + "-busy" * busy + "-chunks" * chunks
+            save_record(speed_path(out, name, device), record | {"environment": environment(device)})

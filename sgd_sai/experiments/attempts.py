@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .errors import UsageError
+from .plugins import plugin_line
 from .runs import RunSpec, load_run, run_lock, save_run
 from .tasks.task import Data, Task
 from .train import Tracking, ignore, train
@@ -39,8 +40,9 @@ class Outcome(NamedTuple):
 
 # %% ../../nbs/experiments/attempts.ipynb #4dce62e9
 def one_line(e: Exception) -> str:
-    "An exception as one line."
-    return " ".join(f"{type(e).__name__}: {e}".split())[:300]
+    "An exception as one line, with the line of a plugin that it comes from."
+    kind = "" if isinstance(e, UsageError) else f"{type(e).__name__}: "
+    return " ".join(f"{kind}{e}".split())[:300] + plugin_line(e)
 
 
 def _lost(job: Job, spec: RunSpec, e: OSError) -> Outcome:

@@ -30,6 +30,7 @@ from .progress import METRIC_NAMES, no_progress
 from .run_specs import check_run_count, check_spec, spec_with
 from .runs import RunSpec, check_writable, load_run, remove_partial_files
 from .spread import Spread, spread, spread_note
+from .tasks.parts import load_data
 from .tasks.task import Data, Task
 from .train import Tracking
 
@@ -208,7 +209,7 @@ def compare(
     check_device(device)
     check_writable(folder)
     with main_first():
-        data = task.load(data_dir)
+        data = load_data(task, data_dir)
     specs = plan_runs(task, data, optimizers, seeds, steps, precision, changes)
     runs = train_missing(task, data, specs, folder, device, progress, fresh, workers, data_dir, tracking)
     frame = summary_frame(task, runs)

@@ -17,6 +17,7 @@ __all__ = [
 ]
 
 # %% ../../nbs/experiments/optimizers.ipynb #2ab582bd
+import re
 from functools import partial
 
 import torch
@@ -41,7 +42,16 @@ def register_optimizer(
     entry: OptimizerEntry,
     replace: bool = False,  # take the place of an entry that has one of its names
 ) -> OptimizerEntry:
-    "Add an optimizer to the registry. Raises `UsageError` for a name that exists already, unless it is to be replaced."
+    """Add an optimizer to the registry.
+
+    Raises `UsageError` for a name that exists already, unless it is to be replaced, and for what cannot be used."""
+    if not re.fullmatch(r"[\w-][\w.:-]*", entry.name):
+        raise UsageError(
+            f"{entry.name!r} cannot be the name of an optimizer: use letters, digits, '-', '_', '.' and ':'"
+        )
+    if not callable(entry.build) and not isinstance(entry.build, Later):
+        kind = type(entry.build).__name__
+        raise UsageError(f"{entry.name}: build is one {kind}; give the class itself, of which every run makes one")
     for name in entry_names(entry):
         known = find_entry(name)
         if known and not replace:

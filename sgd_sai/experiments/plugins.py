@@ -12,6 +12,7 @@ __all__ = [
     "import_plugin",
     "plugin_environment",
     "load_plugins",
+    "plugin_line",
 ]
 
 # %% ../../nbs/experiments/plugins.ipynb #2af80c07
@@ -140,3 +141,17 @@ def load_plugins(
     if new:
         os.environ[PLUGINS_VARIABLE] = os.pathsep.join([*known, *dict.fromkeys(new)])
     return modules
+
+
+# %% ../../nbs/experiments/plugins.ipynb #d65cd8b3
+def plugin_line(
+    error: BaseException,  # with its traceback
+) -> str:  # e.g. ' (my_file.py, line 3)'; empty when no plugin had a part in it
+    "The deepest line of a plugin file that the traceback of an error shows."
+    place, entry = "", error.__traceback__
+    while entry:
+        path = Path(entry.tb_frame.f_code.co_filename)
+        if path in PLUGIN_MODULES:
+            place = f" ({path.name}, line {entry.tb_lineno})"
+        entry = entry.tb_next
+    return place

@@ -33,6 +33,7 @@ from .progress import no_progress
 from .random_search import draw_settings, read_ranges
 from .run_specs import check_run_count, check_spec, epoch_steps, run_cost, spec_with
 from .runs import RunSpec, check_writable, load_run, remove_partial_files
+from .tasks.parts import load_data
 from .tasks.registry import get_task
 from .tasks.task import Data, Task
 from .train import Tracking
@@ -363,7 +364,7 @@ def _plan(sweep: Sweep, folder, data_dir) -> tuple[Task, Data, list[RunSpec], li
     remove_partial_files(folder)
     task = get_task(sweep.task)
     with main_first():
-        data = task.load(data_dir)
+        data = load_data(task, data_dir)
     specs = broadcast(expand(sweep, data, folder) if is_main() else None)
     missing_runs = broadcast([spec for spec in specs if load_run(folder, spec) is None])
     return task, data, specs, missing_runs

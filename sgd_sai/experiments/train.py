@@ -34,6 +34,7 @@ from .precision import in_bfloat16, make_accelerator
 from .processes import process_count
 from .runs import RunSpec, environment
 from .state_rules import state_bytes
+from .tasks.parts import batch_loss, build_model, correct_count
 from .tasks.task import Data, Task
 from .trackers import Tracking, tracked, tracking_folder
 
@@ -107,9 +108,9 @@ def evaluate(
     model.eval()
     sums = torch.zeros(4, dtype=torch.float64)
     for batch in loader:
-        loss, correct = task.loss(model, batch)
-        n = len(batch[0])
-        terms = [loss.item() * n, 0 if correct is None else correct.item(), n, correct is not None]
+        loss, correct = batch_loss(task, model, batch)
+        n, count = len(batch[0]), correct_count(task, correct)
+        terms = [loss.item() * n, count or 0, n, count is not None]
         sums += torch.tensor(terms, dtype=torch.float64)
     model.train()
     total, correct, n, classified = reduce(sums).tolist()
@@ -155,7 +156,7 @@ class Training(NamedTuple):
 def _prepare(task: Task, data: Data, spec: RunSpec, accelerator) -> Training:
     "Model, optimizer, schedule and data of a run. The seed decides about the initial weights."
     torch.manual_seed(spec.seed)
-    model = task.build(data.sizes)
+    model = build_model(task, data.sizes)
     if spec.precision == "bf16-true":
         model = in_bfloat16(model)
     bare_optimizer = build_optimizer(spec.optimizer, model, spec.hyperparameters)
@@ -207,7 +208,7 @@ def _backward(run: Training, batch, graph: bool) -> float:
             synchronize = number == len(parts) and not graph
             with nullcontext() if synchronize else accelerator.no_sync(run.model):
                 with accelerator.autocast():
-                    loss = run.task.loss(run.model, part)[0] * (len(part[0]) / len(batch[0]))
+                    loss = batch_loss(run.task, run.model, part)[0] * (len(part[0]) / len(batch[0]))
                 total += (accelerator.reduce(loss.detach(), "mean") if process_count() > 1 else loss).item()
                 if not math.isfinite(total):
                     return total

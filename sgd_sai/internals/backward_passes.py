@@ -96,7 +96,10 @@ def leaves(
 
 
 # %% ../../nbs/internals/backward_passes.ipynb #df08216b
-_ARITHMETIC = ("MulBackward0", "AddBackward0", "SubBackward0", "DivBackward0", "NegBackward0")
+_ARITHMETIC = (
+    *("MulBackward0", "AddBackward0", "SubBackward0", "DivBackward0", "NegBackward0"),
+    *("MeanBackward0", "SumBackward0", "StackBackward0"),  # of losses that were scaled apart
+)
 
 
 def _scalers_in_use() -> list[torch.amp.GradScaler]:

@@ -5,6 +5,7 @@
 # %% auto #0
 __all__ = [
     "params_with_grad",
+    "check_holds_numbers",
     "fill_in_defaults",
     "BaseOptimizer",
     "closure_loss",
@@ -17,7 +18,7 @@ __all__ = [
 
 # %% ../../nbs/internals/base.ipynb #f92fca65
 import math
-from typing import Callable, Iterator
+from typing import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -25,9 +26,9 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import _get_scalar_dtype
 
 from .loading import LoadingOptimizer, kind_error
-from .names import name_of_param, named_params, position_of_param
+from .names import listed, name_of_param, named_params, position_of_param
 from .options import parse_options
-from .sharding import distribute_like
+from .sharding import distribute_like, holds_numbers
 
 
 # %% ../../nbs/internals/base.ipynb #c92e1597
@@ -46,6 +47,20 @@ def params_with_grad(
                 "build its layer with sparse=False, or give the parameter to torch.optim.SparseAdam"
             )
         yield p
+
+
+def check_holds_numbers(
+    opt: Optimizer,
+    params: Iterable[Tensor],  # some of its parameters
+    advice: str,  # how the sentence goes on: what they lack numbers for, and what to do
+):
+    "Raise `RuntimeError` if some of `params` are on the meta device, or fake tensors."
+    without_numbers = [name_of_param(opt, p) for p in params if not holds_numbers(p)]
+    if without_numbers:
+        names = listed(without_numbers)
+        raise RuntimeError(
+            f"{names}: tensors on the meta device, and fake tensors, hold no numbers from which {advice}"
+        )
 
 
 # %% ../../nbs/internals/base.ipynb #2913f555

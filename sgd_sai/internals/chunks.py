@@ -7,6 +7,8 @@ __all__ = [
     "CACHE_CHUNK",
     "FP32_CHUNK",
     "SINGLE_CORE_MAX",
+    "last_level_cache",
+    "chunk_for_cache",
     "is_dense",
     "same_layout",
     "chunk_entries",
@@ -18,13 +20,67 @@ __all__ = [
 ]
 
 # %% ../../nbs/internals/chunks.ipynb #a98297b3
+import os
+from pathlib import Path
 from typing import Callable, Iterable
 
 import torch
 from torch import Tensor
 
+# %% ../../nbs/internals/chunks.ipynb #c354ff23
+_CPU_FOLDER = Path("/sys/devices/system/cpu")  # Linux describes each core here
+
+
+def _read_cores(text: str) -> set[int]:
+    "Numbers of the cores in a list as Linux writes it: '0-3,8'."
+    cores = set()
+    for part in text.strip().split(","):
+        first, _, last = part.partition("-")
+        cores.update(range(int(first), int(last or first) + 1))
+    return cores
+
+
+def _read_last_cache(folder: Path) -> tuple[int, set[int]]:
+    "Bytes of the last-level cache of one core, and the cores that share it. `folder` has one folder per cache."
+    last = max(folder.glob("index*"), key=lambda cache: int((cache / "level").read_text()))
+    size = (last / "size").read_text().strip()
+    units = {"K": 2**10, "M": 2**20}
+    return int(size[:-1]) * units[size[-1]], _read_cores((last / "shared_cpu_list").read_text())
+
+
+def last_level_cache(
+    cores: set[int],  # numbers of cores
+    folder: Path = _CPU_FOLDER,
+) -> int | None:  # bytes; None where the system does not say
+    "Bytes of the last-level caches that serve these cores, each counted once."
+    total, counted = 0, set()
+    try:
+        for core in sorted(cores):
+            if core not in counted:
+                size, sharing = _read_last_cache(folder / f"cpu{core}" / "cache")
+                total += size
+                counted |= sharing | {core}
+    except (OSError, ValueError, KeyError, IndexError):
+        return None
+    return total or None
+
+
+# %% ../../nbs/internals/chunks.ipynb #ddaf4553
+def chunk_for_cache(
+    cache: int | None,  # bytes, from last_level_cache; None: 32 MB
+    cores: int,  # that share it
+    threads: int,  # of this process
+) -> int:  # entries, a power of two, so that no vector of the processor is cut
+    "How many entries a chunk has: its momentum fills a quarter of this process's share of the cache, in float32."
+    share = (cache or 2**25) * min(threads, cores) // cores
+    entries = share // 4 // 4  # a quarter, at four bytes
+    return min(max(1 << max(entries, 1).bit_length() - 1, 1 << 20), 1 << 24)
+
+
+_CORES = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+CACHE_CHUNK = chunk_for_cache(last_level_cache(_CORES), len(_CORES), torch.get_num_threads())
+
 # %% ../../nbs/internals/chunks.ipynb #9bfe074f
-CACHE_CHUNK = 1 << 21  # entries; the momentum of a chunk is 8 MB in float32, which stays in the last-level cache
 FP32_CHUNK = 1 << 17  # entries that are computed in float32 at a time when they are stored in fewer bits
 SINGLE_CORE_MAX = 1 << 15  # entries; PyTorch's ordinary operations stay on one core up to here
 

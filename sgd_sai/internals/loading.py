@@ -111,12 +111,13 @@ FOREIGN_GROUPS = {  # hyperparameters that only the groups of this optimizer hav
 
 
 def check_own(
-    opt: Optimizer,  # with is_own_group
-    checkpoint: dict,  # with param_groups
+    opt: Optimizer,  # with is_own_group and is_own_state
+    checkpoint: dict,  # with state and param_groups
 ):
     "Raise `ValueError`, which says what it is and what to do, for the checkpoint of another optimizer."
     for group in checkpoint["param_groups"]:
-        if opt.is_own_group(group):
+        states = [checkpoint["state"][i] for i in group["params"] if i in checkpoint["state"]]
+        if opt.is_own_group(group) and all(opt.is_own_state(group, state) for state in states):
             continue
         own = type(opt).__name__
         writers = [name for name, keys in FOREIGN_GROUPS.items() if keys <= group.keys()]
@@ -163,6 +164,16 @@ def _checked_group(opt: Optimizer, group: dict, own: dict) -> dict:
     return group
 
 
+def _overlap_error(opt: Optimizer, p: Tensor, group: dict, state: dict) -> str | None:
+    "In words, which entry cannot be changed in place because `expand` has made it; None if none."
+    for key in [key for key in opt.state_shapes(p, group) if key in state]:
+        value = state[key]
+        spread = any(size > 1 and stride == 0 for size, stride in zip(value.shape, value.stride(), strict=True))
+        if spread and value.numel():  # an empty tensor has strides of zero, and no entries to share
+            return f"{key} has been expanded, and its entries share their memory: save a contiguous copy of it"
+    return None
+
+
 def _new_state(opt: Optimizer, p: Tensor, group: dict, saved) -> dict:
     "The saved state of `p` as it is going to be here. Raises `ValueError` with the name of `p`."
     try:
@@ -171,7 +182,7 @@ def _new_state(opt: Optimizer, p: Tensor, group: dict, saved) -> dict:
         state = opt.restored_state(p, group, saved)
     except (TypeError, ValueError, KeyError, RuntimeError) as e:
         raise ValueError(f"the checkpoint's state of {name_of_param(opt, p)} cannot be loaded: {e}") from e
-    error = state_error(opt, p, group, state)
+    error = state_error(opt, p, group, state) or _overlap_error(opt, p, group, state)
     if error:
         raise ValueError(f"the checkpoint's state of {name_of_param(opt, p)} does not fit: {error}")
     return state
@@ -251,6 +262,10 @@ class LoadingOptimizer(DescribedState, Optimizer):
 
     def is_own_group(self, group: dict) -> bool:  # of a checkpoint
         "False if another optimizer has written this group."
+        return True
+
+    def is_own_state(self, group: dict, state) -> bool:  # of a parameter in this group of a checkpoint
+        "False if another optimizer, whose groups look like this one's, has written this state."
         return True
 
     def regrouped(self, checkpoint: dict) -> dict:  # a new one where the groups have to be others

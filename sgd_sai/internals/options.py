@@ -34,6 +34,7 @@ NUMBERS = {
     "weight_decay",
     "eps",
     "max_ratio",
+    "max_norm",
     "restart_radius",
     "hessian_power",
 }
@@ -54,7 +55,10 @@ SWITCHES = {
     "stacked",
     "transposed",
 }
-OPTIONAL = {"rest_lr", "rest_momentum", "max_ratio", "restart_radius", "foreach", "fused", "state_dtype", "rounding"}
+OPTIONAL = {
+    *("rest_lr", "rest_momentum", "max_ratio", "max_norm", "restart_radius"),
+    *("foreach", "fused", "state_dtype", "rounding"),
+}
 
 # %% ../../nbs/internals/options.ipynb #aec5970c
 _SWITCH_WORDS = {

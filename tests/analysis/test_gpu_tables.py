@@ -12,6 +12,7 @@ from sgd_sai.analysis.gpu_tables import (
     gpu_first_table,
     gpu_left_out,
     gpu_memory_table,
+    gpu_newton_schulz_table,
     gpu_part_table,
     gpu_step_table,
     gpu_target_table,
@@ -189,6 +190,28 @@ def test_other_tables():
     assert graphs.loc["MuonSaI", "the same"] == "**no**, up to 3e-01" and "CUDA error" in graphs.loc["Adan", "the same"]
     assert gpu_first_table(cards)["waits at"][0] == "sgd_sai/init_scales.py:40"
     assert gpu_memory_table(cards)["kept"][0] == "4.0"
+
+
+def test_newton_schulz_has_a_table_of_its_own_and_is_no_compiled_step():
+    slow = {"status": "failed", "error": "they differ", "result": compared(0.3) | {"compile_seconds": 4.0}}
+    fast = passed(a=compared(0.02) | {"compile_seconds": 2.5})["a"]
+    units = {
+        "Newton-Schulz, 2 x 768 x 768": fast,
+        "Newton-Schulz, 12 x 768 x 768": slow,
+        "Newton-Schulz, 1 x 2": FAILED,
+    }
+    parts = {"compile": record("compile", status="failed", units=passed(SGDSaI=compared()) | units)}
+    table = gpu_newton_schulz_table({H100: parts}).set_index("matrices")
+    assert list(table.index) == ["2 x 768 x 768", "12 x 768 x 768", "1 x 2"] and set(table["card"]) == {H100}
+    assert table.loc["2 x 768 x 768", "the same"] == "yes, up to 2e-02"
+    numbers = table.loc["2 x 768 x 768", ["as it is, ms", "compiled, ms", "ratio", "quartiles", "to compile, s"]]
+    assert list(numbers) == ["1.00", "0.5", "0.5", "0.45 to 0.55", "2.50"]
+    assert table.loc["12 x 768 x 768", "the same"] == "**no**, up to 3e-01"
+    assert table.loc["1 x 2", "the same"] == "failed: RuntimeError: CUDA error" and table.loc["1 x 2", "ratio"] == ""
+    assert list(gpu_compared_table({H100: parts}, "compile")["step"]) == ["SGDSaI"]
+    target = next(row.text for row in GPU_TARGETS if "compiled" in row.text)
+    assert by_target(parts)[target]["measured"] == 0
+    assert len(gpu_newton_schulz_table({})) == len(gpu_newton_schulz_table({H100: {}})) == 0
 
 
 def test_training_runs_are_averaged_over_seeds(tmp_path, monkeypatch):

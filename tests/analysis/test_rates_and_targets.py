@@ -204,8 +204,8 @@ def test_the_table_of_targets_has_medians_ratios_and_times():
     assert frame["x AdamW's time"].tolist()[:2] == [pytest.approx(0.5), 1]
     assert frame.loc[["Adan", "SGDM"], ["seconds", "x AdamW's time"]].isna().all(axis=None)
     texts = target_texts(frame)
-    assert texts.loc["SGD-SaI"].tolist() == ["2 of 3", "25", "25", NOT_REACHED, "0.33", "0.8", "0.50"]
-    assert texts.loc["SGDM"].tolist() == ["0 of 1", NOT_REACHED, NOT_REACHED, NOT_REACHED, NOT_REACHED, "", ""]
+    assert texts.loc["SGD-SaI"].tolist() == ["2 of 3", "25", "0.33", "0.8", "0.50", "25", NOT_REACHED]
+    assert texts.loc["SGDM"].tolist() == ["0 of 1", NOT_REACHED, NOT_REACHED, "", "", NOT_REACHED, NOT_REACHED]
 
 
 def test_a_target_of_ones_own_needs_neither_adamw_nor_costs():

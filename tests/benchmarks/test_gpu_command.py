@@ -101,6 +101,8 @@ def test_rehearsal_that_is_cut_off_goes_on_and_runs_every_part(tmp_path):
     for record in records.values():
         assert {"card", "torch", "triton", "driver", "commit", "code", "date"} <= set(record["environment"])
         assert record["quick"] and record["device"] == "cpu"
+    iterations = [u for name, u in records["compile"]["units"].items() if name.startswith("Newton-Schulz, ")]
+    assert len(iterations) == 1 and iterations[0]["result"]["compile_seconds"] > 0
     assert len(list((folder / "runs" / "digits-vit").glob("*.json"))) == 1
     assert not list(folder.glob(".part-*"))
 

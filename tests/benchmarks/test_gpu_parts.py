@@ -3,6 +3,7 @@
 import json
 import time
 import warnings
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -24,7 +25,9 @@ from sgd_sai.benchmarks.device_records import NotAvailable, card_environment, co
 from sgd_sai.benchmarks.device_times import host_seconds, split_times, synchronisations
 from sgd_sai.experiments.errors import UsageError
 from sgd_sai.internals import tensor_tables
+from sgd_sai.muon_step import _at_a_time
 from sgd_sai.sgd_sai import SGDSaI
+from sgd_sai.weight_layouts import WeightLayout
 
 SHAPES = [(8, 6), (6,)]
 
@@ -258,6 +261,36 @@ def test_a_form_that_is_refused_is_not_available():
 def test_compiled_step_is_the_step():
     record = compare_steps(STEP_FORMS["SGDSaI"], SHAPES, "cpu", lambda opt: compiled_step(opt, "eager"), rounds=2)
     assert record["difference"] <= 1e-4 and record["other_ms"]["median"] > 0
+
+
+def test_newton_schulz_compiled_is_what_it_is_uncompiled(monkeypatch):
+    record = captured_steps.compare_newton_schulz((3, 24, 40), "cpu", "eager", rounds=2)
+    assert record["difference"] <= record["tolerance"] and "problem" not in record
+    assert all(record[key]["median"] > 0 for key in ("ms", "other_ms", "ratio")) and record["compile_seconds"] > 0
+    seen = []
+
+    def one_iteration_less(f, backend):
+        return lambda X: seen.append((backend, X.dtype, tuple(X.shape))) or f(X, iterations=4)
+
+    monkeypatch.setattr(torch, "compile", one_iteration_less)
+    record = captured_steps.compare_newton_schulz((3, 24, 40), "cpu", "eager", rounds=2)
+    assert "differ" in record["problem"] and run_unit(lambda: record)["status"] == "failed"
+    assert seen == [("eager", torch.bfloat16, (3, 24, 40))] * 3
+
+
+def test_newton_schulz_is_measured_on_the_matrices_of_gpt2():
+    "All matrices of a shape, and as many as a step takes at a time on a GPU, for which the meta device stands in."
+    hidden = Counter(shape for shape in device_parts.DEVICE_SHAPES["gpt2"]() if len(shape) == 2 and shape[0] < 4000)
+    whole = {(n, *sorted(shape)) for shape, n in hidden.items() if n > 1}
+    at_a_time = {
+        (_at_a_time(torch.empty(rows, cols, device="meta"), WeightLayout()), rows, cols) for _, rows, cols in whole
+    }
+    stacks = set(device_parts.NEWTON_SCHULZ_STACKS)
+    assert len(whole) == 3 and whole < stacks and stacks - whole < at_a_time
+    units = DEVICE_PARTS["compile"]("cuda")
+    measured = [unit.args[:2] for name, unit in units.items() if name.startswith(device_parts.NEWTON_SCHULZ)]
+    assert measured == [(stack, "cuda") for stack in device_parts.NEWTON_SCHULZ_STACKS]
+    assert "Newton-Schulz, 12 x 768 x 3072" in units
 
 
 # --- parts ----------------------------------------------------------------------------------------------------------

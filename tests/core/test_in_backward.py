@@ -245,6 +245,17 @@ def test_settings_that_need_all_gradients_are_refused(cls, kw):
 
 
 @each_class
+@pytest.mark.parametrize("max_norm", ["large", -1.0, float("nan")], ids=str)
+def test_a_max_norm_that_is_no_norm_is_refused(cls, max_norm):
+    "A negative one would turn every step around."
+    opt = built(cls, nn.Linear(3, 2))
+    with pytest.raises(ValueError, match="Invalid max_norm value"):
+        StepInBackward(opt, max_norm=max_norm)
+    for text, value in (("0.5", 0.5), ("none", None), ("inf", float("inf"))):
+        assert StepInBackward(opt, max_norm=text).max_norm == value
+
+
+@each_class
 def test_errors_say_what_to_do_and_come_before_changes(cls):
     model = nn.Linear(3, 2)
     opt = built(cls, model)

@@ -176,6 +176,8 @@ SCALED = {
     "divided for accumulation": lambda scaler, loss: scaler.scale(loss) / 4,
     "a sum of two": lambda scaler, loss: scaler.scale(loss) + scaler.scale(loss * 0.5),
     "a list": lambda scaler, loss: scaler.scale([loss])[0],
+    "several at once, averaged": lambda scaler, loss: scaler.scale(torch.stack([loss, loss * 0.5])).mean(),
+    "a stack, added up": lambda scaler, loss: torch.stack(scaler.scale([loss, loss * 0.5])).sum(),
 }
 
 

@@ -117,6 +117,27 @@ def test_state_of_equal_size_and_another_shape_is_refused(build):
 
 
 @each_optimizer
+def test_state_whose_entries_share_their_memory_is_refused(build):
+    opt = trained(build, small_model())
+    for key in param_shaped(opt.state[opt.param_groups[0]["params"][0]]):
+        wrong = copy.deepcopy(opt.state_dict())
+        state = wrong["state"][wrong["param_groups"][0]["params"][0]]
+        state[key] = state[key][:1].expand_as(state[key])
+        assert_refused(opt, wrong, "0.weight", key, "expanded")
+
+
+def test_state_of_an_empty_tensor_may_have_strides_of_zero():
+    p = nn.Parameter(torch.empty(0, 0, 0, 2).contiguous(memory_format=torch.channels_last))
+    opt = SGDSaI([p, nn.Parameter(torch.ones(3))])
+    for param in opt.param_groups[0]["params"]:
+        param.grad = torch.randn_like(param)
+    opt.step()
+    saved = copy.deepcopy(opt.state_dict())
+    assert 0 in saved["state"][0]["momentum_buffer"].stride()
+    opt.load_state_dict(saved)
+
+
+@each_optimizer
 @pytest.mark.parametrize("damage", ["integers", "complex", "None", "text", "a list", "sparse", "no dictionary"])
 def test_state_that_is_no_momentum_is_refused(build, damage):
     opt = trained(build, small_model())
@@ -255,6 +276,19 @@ def test_checkpoint_of_another_optimizer_is_refused_by_name(build, writer, n):
             group | {"params": ids, "param_names": [group["param_names"][i] for i in ids]} for ids in ([0, 2], [1, 3])
         ]
     assert_refused(opt, checkpoint, writer, type(opt).__name__, "start the optimizer anew")
+
+
+@pytest.mark.parametrize("build", [SGDSaI, SGD_sai])
+def test_checkpoint_of_madgrad_is_refused_though_its_groups_are_like_those_of_the_authors(build):
+    opt = trained(build, small_model())
+    params = [p for group in opt.param_groups for p in group["params"]]
+    keys = ("grad_sum_sq", "s", "x0")
+    states = {i: {key: torch.zeros_like(p) for key in keys} for i, p in enumerate(params)}
+    group = dict(lr=0.01, eps=1e-6, momentum=0.9, weight_decay=0.0, params=list(states))
+    checkpoint = {"state": states | {"k": torch.tensor([2])}, "param_groups": [group]}
+    assert_refused(opt, checkpoint, "eps, lr, momentum, weight_decay", "start the optimizer anew")
+    opt.load_state_dict({"state": {0: {"gsnr": 2.0}}, "param_groups": [group]})  # the authors', without a momentum yet
+    assert list(opt.scales().values()) == [2.0]
 
 
 def test_checkpoint_of_muon_sai_is_refused_by_sgd_sai():

@@ -77,6 +77,14 @@ def test_some_marks_suffice(cls):
 
 
 @both
+def test_a_mark_that_says_no_does_not_suffice(cls):
+    with pytest.raises(ValueError, match=rf"not all say that they do not, so {cls.__name__} would run without Muon"):
+        cls([{"params": [matrix()]}, {"params": [vector()], "muon": False}])
+    opt = cls([{"params": [matrix()], "use_muon": False}, {"params": [vector()], "muon": False}])
+    assert not any(group["muon"] for group in opt.param_groups)
+
+
+@both
 @pytest.mark.parametrize(
     "key", ["Muon", "MOUN", "moun", "use_Muon", "usemuon", "use-muon", "use_moun", "trained_by_muon"]
 )
@@ -253,6 +261,16 @@ def test_rates_that_are_tensors_or_text():
             MuonSaI(net(), sai_lr=wrong)
         with pytest.raises(ValueError, match="Invalid (learning rate|lr value)"):
             MuonSaI(net(), lr=wrong, sai_lr=0.1)
+
+
+def test_arguments_under_their_older_names():
+    def groups(**settings):
+        opt = MuonSaI(net(), lr=0.02, rest="sgd_sai", **settings)
+        return [{key: value for key, value in group.items() if key != "params"} for group in opt.param_groups]
+
+    assert groups(sai_lr=0.3, sai_momentum=0.7) == groups(rest_lr=0.3, rest_momentum=0.7) != groups()
+    with pytest.raises(TypeError, match="got rest_momentum and sai_momentum, which is its older name"):
+        MuonSaI(net(), sai_momentum=0.7, rest_momentum=0.7)
 
 
 @both

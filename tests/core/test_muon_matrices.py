@@ -12,6 +12,7 @@ from torch import nn
 from sgd_sai import MuonSaI
 from sgd_sai.experiments.muon_adamw import MuonAdamW
 from sgd_sai.internals.chunks import SINGLE_CORE_MAX
+from sgd_sai.muon_sharing import shared_factors
 from sgd_sai.muon_step import STACKED, Settings, muon_step
 from sgd_sai.orthogonalize import JORDAN, orthogonalize, orthogonalize_
 from sgd_sai.weight_layouts import WeightLayout
@@ -163,11 +164,17 @@ def test_zeros_stay_zero_beside_others():
     [((0, 5), False), ((5, 0), False), ((0, 3, 3), False), ((0, 4, 3), True), ((2, 0, 3), True), ((2, 3, 0), True)],
     ids=str,
 )
-def test_an_empty_matrix_takes_no_part(shape, stacked):
-    empty, other = nn.Parameter(torch.empty(shape)), nn.Parameter(torch.ones(2, 3, 3) if stacked else torch.ones(3, 3))
-    opt = MuonSaI([{"params": [empty, other], "muon": True, "stacked": stacked}], lr=0.1, weight_decay=0.5)
+@pytest.mark.parametrize(
+    "dtype, settings",
+    [(torch.float32, {}), (torch.float32, dict(state_dtype=torch.int8)), (torch.bfloat16, dict(rounding="kahan"))],
+    ids=str,
+)
+def test_an_empty_matrix_takes_no_part(shape, stacked, dtype, settings):
+    empty = nn.Parameter(torch.empty(shape, dtype=dtype))
+    other = nn.Parameter(torch.ones((2, 3, 3) if stacked else (3, 3), dtype=dtype))
+    opt = MuonSaI([{"params": [empty, other], "muon": True, "stacked": stacked}], lr=0.1, weight_decay=0.5, **settings)
     for _ in range(2):
-        empty.grad, other.grad = torch.empty(shape), torch.randn_like(other)
+        empty.grad, other.grad = torch.empty_like(empty), torch.randn_like(other)
         opt.step()
     assert empty.shape == shape and opt.state[empty]["momentum_buffer"].shape == shape
     assert (other != 1).all()
@@ -372,3 +379,58 @@ def test_matrices_in_few_bits_follow_those_in_float32(dtype, settings, allowed, 
     end = narrow.detach().float() + residual.float()
     assert (end - wide).norm() < allowed * (wide - start.float()).norm()
     assert (wide - start.float()).norm() > 1
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *(dict(ns_coefficients="polar_express"), dict(ns_steps=2), dict(adjust_lr="match_rms_adamw")),
+        *(dict(nesterov=False), dict(transposed=True), dict(split=(8, 8, 8)), dict(split=6)),
+    ],
+    ids=str,
+)
+def test_settings_of_matrices_hold_in_few_bits_too(settings):
+    "Compensated parameters with momenta in float32 end where those in float32 do, with these settings alone."
+    start, grads = torch.randn(24, 16).bfloat16(), torch.randn(5, 24, 16).bfloat16()
+
+    def end(dtype, group, **options):
+        p = nn.Parameter(start.to(dtype, copy=True))
+        opt = MuonSaI([{"params": [p], "muon": True, **group}], lr=0.02, weight_decay=2.0, **options)
+        for g in grads:
+            p.grad = g.to(dtype)
+            opt.step()
+        return p.detach().float() + opt.state[p].get("compensation", torch.zeros(())).float()
+
+    narrow = end(torch.bfloat16, settings, rounding="kahan", state_dtype=torch.float32)
+    wide, plain = end(torch.float32, settings), end(torch.float32, {})
+    moved = (wide - start.float()).norm()
+    assert (narrow - wide).norm() < 1e-3 * moved and (plain - wide).norm() > 1e-2 * moved
+
+
+@pytest.mark.parametrize("dtype, settings", [(torch.bfloat16, {}), (torch.float32, dict(state_dtype=torch.bfloat16))])
+def test_matrices_of_one_shape_do_not_share_their_noise(dtype, settings):
+    params, g = [nn.Parameter(torch.zeros(32, 32, dtype=dtype)) for _ in range(2)], torch.randn(32, 32)
+    opt = MuonSaI([{"params": params, "muon": True}], lr=1e-3, rounding="stochastic", **settings)
+    for _ in range(2):
+        for p in params:
+            p.grad = g.to(dtype)
+        opt.step()
+    assert not torch.equal(*params)
+
+
+def test_what_a_parameter_costs_is_counted_by_its_matrices(monkeypatch):
+    "Entries times the shorter side: by these numbers processes share the work."
+    told = []
+
+    def noted(updates, factors_of, costs, *args, **kw):
+        told.extend(costs)
+        return shared_factors(updates, factors_of, costs, *args, **kw)
+
+    monkeypatch.setattr("sgd_sai.muon_step.shared_factors", noted)
+    kinds = [((24, 16), {}), ((24, 16), dict(split=(8, 8, 8))), ((3, 8, 5), dict(stacked=True))]
+    params = [nn.Parameter(torch.randn(shape).bfloat16()) for shape, _ in kinds]
+    for p in params:
+        p.grad = torch.randn_like(p)
+    groups = [{"params": [p], "muon": True, **layout} for p, (_, layout) in zip(params, kinds, strict=True)]
+    MuonSaI(groups, rounding="stochastic").step()
+    assert told == [24 * 16 * 16, 3 * 8 * 16 * 8, 3 * 8 * 5 * 5]

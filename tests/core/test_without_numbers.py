@@ -1,6 +1,6 @@
 """Tensors on the meta device and those of FakeTensorMode have a shape and no entries: nothing can be measured on them.
 
-The first step says so, names the parameters, and says what to do; with `set_scales` all steps work.
+The first step says so, names the parameters, and says what to do; with `set_scales` all steps of SGDSaI work.
 """
 
 from contextlib import nullcontext
@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sgd_sai import MuonSaI, SGDSaI
+from sgd_sai import AdaHessian, Adan, MuonSaI, SGDSaI
 from sgd_sai.internals import rounding
 from sgd_sai.internals.sharding import holds_numbers
 
@@ -113,6 +113,32 @@ def test_other_rules_of_the_rest_need_no_scales(mode, device, rest, settings, mo
         momenta = [opt.state[p]["momentum_buffer"] for p in net.parameters()]
         assert {m.dtype for m in momenta} == {settings.get("state_dtype", torch.float32)}
         assert [m.shape for m in momenta] == [p.shape for p in net.parameters()]
+
+
+@each_kind
+@pytest.mark.parametrize("settings", [{}, dict(foreach=False), dict(capturable=True), dict(state_dtype=BF16)], ids=str)
+def test_adan_needs_numbers_for_its_restarts_alone(mode, device, settings, monkeypatch):
+    monkeypatch.setattr(rounding, "_tables", {})
+    with mode():
+        net = network(device, torch.float32)
+        opt = Adan(net.named_parameters(), restart_radius=1.0, **settings)
+        with pytest.raises(RuntimeError, match="0.weight, 0.bias, 1.weight, 1.bias: .*leave restart_radius out"):
+            opt.step()
+        assert not opt.state
+        opt = Adan(net.named_parameters(), **settings)
+        for _ in range(2):
+            opt.step()
+        assert all(opt.state[p]["exp_avg"].shape == p.shape for p in net.parameters())
+
+
+@each_kind
+def test_adahessian_needs_numbers_for_its_curvature(mode, device):
+    with mode():
+        net = network(device, torch.float32)
+        opt = AdaHessian(net.named_parameters())
+        with pytest.raises(RuntimeError, match="0.weight, 0.bias, 1.weight, 1.bias: .*a curvature could be estimated"):
+            opt.step()
+        assert not opt.state
 
 
 def test_fused_needs_a_device_that_has_such_a_kernel():

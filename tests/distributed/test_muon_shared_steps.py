@@ -4,6 +4,8 @@ FSDP2 with shards of unequal sizes, and DDP with `process_group=`; momenta too, 
 owns. Each process makes no more matrices orthogonal than its share and one, and a gradient that one of them lacks is
 an error in all."""
 
+import copy
+import pickle
 import warnings
 from functools import partial
 from unittest.mock import patch
@@ -112,6 +114,7 @@ def of_rank(rank, store, out, world):
         model = DistributedDataParallel(Net())
         opt = built(model, rest, dtype, process_group=dist.group.WORLD)
         found["DDP", rest, dtype] = counted(partial(four_steps, model, opt))
+    found["copies"] = [each.process_group for each in (copy.deepcopy(opt), pickle.loads(pickle.dumps(opt)))]
     found["lacking"] = lacking(rank)
     torch.save(found, f"{out}.{rank}")
     dist.destroy_process_group()
@@ -173,3 +176,8 @@ def test_a_gradient_that_one_process_lacks_is_an_error_in_all(processes):
     for found in processes:
         said, unchanged = found["lacking"]
         assert "mid.weight" in said and unchanged, said
+
+
+def test_a_copy_has_no_process_group(processes):
+    "It cannot be pickled; the copy computes all matrices for itself."
+    assert all(found["copies"] == [None, None] for found in processes)

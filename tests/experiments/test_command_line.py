@@ -42,7 +42,7 @@ def test_commands_with_names_take_plugins(name):
     "A task, an optimizer or a scale rule of one's own is known to every command that looks such names up."
     parameter = inspect.signature(COMMANDS[name]).parameters["plugin"]
     assert parameter.annotation is options.PluginOption
-    done = cli(name, *(["a file"] if name in ("sweep", "repeat") else []), "--plugin", "nowhere.py")
+    done = cli(name, *(["a file"] if name in ("sweep", "repeat", "rank") else []), "--plugin", "nowhere.py")
     assert done.exit_code == 2 and "no plugin file" in words(done), done.output
 
 

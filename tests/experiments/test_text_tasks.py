@@ -418,7 +418,7 @@ def test_only_lora_is_trained():
     before = copy.deepcopy(model.state_dict())
     pairs = TextPairs([[3, 4, 5], [6]], [[7, 8, 0], [9, 10, 0]], end=0, decode=str)
     data = Data(pairs, pairs, {}, "0" * 12)
-    task = replace(LORA_SMOLLM2, load=None, build=lambda sizes: model, extra=None, steps=3, batch_size=2)
+    task = replace(LORA_SMOLLM2, build=lambda sizes: model, extra=None, steps=3, batch_size=2)
     assert train(task, data, make_spec(task, data, "sgd_sai"), device="cpu")["status"] == "finished"
     after = model.state_dict()
     assert {

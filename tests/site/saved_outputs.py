@@ -2,16 +2,18 @@
 
 Text has to be equal, up to white space and addresses in memory. Numbers with a decimal point or an exponent have to
 agree to one percent, since their last digits depend on the processor; whole numbers have to be equal. Of pictures only
-their presence counts. A cell whose numbers are measured, such as times, is marked with the tag `nbval-ignore-output`,
-the one that the nbval plugin of pytest knows.
+their presence counts, of a chart its specification, with all the numbers in it. A cell whose numbers are measured, such
+as times, is marked with the tag `nbval-ignore-output`, the one that the nbval plugin of pytest knows.
 """
 
 import html
+import json
 import math
 import re
 
 IGNORE_TAG = "nbval-ignore-output"
 NUMBER = re.compile(r"(?<![\w.])[-+]?\d[\d,]*(?:\.\d+)?(?:[eE][-+]?\d+)?")
+CHART = "application/vnd.vegalite.v5+json"
 RELATIVE, ABSOLUTE = 0.01, 1e-6
 TEXT_TYPES = ("text/markdown", "text/html", "text/plain")  # of several forms the first one is compared
 
@@ -22,7 +24,9 @@ def as_text(value):
 
 
 def shown_text(data):
-    "The text of one display, or a word for a picture."
+    "The text of one display, the specification of a chart, or a word for a picture."
+    if CHART in data:
+        return json.dumps(data[CHART], sort_keys=True)
     if any(kind.startswith("image/") for kind in data):
         return "<picture>"
     kind = next((kind for kind in TEXT_TYPES if kind in data), None)

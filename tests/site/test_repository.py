@@ -75,11 +75,11 @@ def sidebar_pages(entries):
             yield from sidebar_pages(entry.get("contents", []))
 
 
-def test_sidebar_and_notebooks_agree():
+def test_sidebars_and_notebooks_agree():
     website = yaml.safe_load((ROOT / "_quarto.yml").read_text(encoding="utf-8"))["website"]
-    listed = list(sidebar_pages(website["sidebar"]["contents"]))
+    listed = [page for sidebar in website["sidebar"] for page in sidebar_pages(sidebar["contents"])]
     present = [f"{page_name(path)}.ipynb" for path in notebooks()]
-    assert sorted(listed) == sorted([*present, "changelog.md"]), "sidebar in _quarto.yml (left), notebooks (right)"
+    assert sorted(listed) == sorted([*present, "changelog.md"]), "sidebars in _quarto.yml (left), notebooks (right)"
 
 
 def test_every_page_has_an_address_of_its_own():
@@ -174,7 +174,9 @@ def test_owner_stands_in_settings_alone(settings, files):
     assert owner not in settings["repo"]  # or every mention of the project would count
     made_from_settings = {"settings.ini", "README.md", "sgd_sai/_modidx.py"}
     named = {p.relative_to(ROOT).as_posix() for p in files if owner.encode() in p.read_bytes()}
-    tutorials = {name for name in named if name.startswith("nbs/tutorials/")}  # badges are written by .ci/colab.py
+    tutorials = {
+        name for name in named if name.startswith("nbs/tutorials/")
+    }  # .ci/colab.py writes their links to Colab
     assert "settings.ini" in named and named - tutorials <= made_from_settings
 
 
@@ -213,7 +215,15 @@ def test_import_needs_torch_alone():
     assert done.returncode == 0, done.stderr
 
 
-LAYERS = ("internals", "", "experiments", "benchmarks", "analysis", "cli")  # a folder may import those before it
+LAYERS = (
+    "internals",
+    "",
+    "experiments",
+    "benchmarks",
+    "analysis",
+    "explore",
+    "cli",
+)  # a folder may import those before it
 
 
 def imported_layers(path):

@@ -1,24 +1,16 @@
 """The site as a reader meets it: links lead somewhere, pictures say what they show, formulas are drawn, and a browser
-has nothing to complain about.
-
-The browser is Debian's chromium (or any that calls itself so), driven by playwright; where there is none its tests are
-skipped and say so."""
+has nothing to complain about (tests with a browser are skipped where there is none, and say so)."""
 
 import json
-import os
 import re
-import shutil
-import subprocess
 import sys
 from collections import Counter
 from html.parser import HTMLParser
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from filelock import FileLock
 from pages import ROOT, notebooks, page_name
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PAGES = {
     "landing": "index.html",
     "tutorial": "tutorials/scaling_at_initialization.html",
@@ -27,36 +19,6 @@ PAGES = {
 }
 
 pytestmark = [pytest.mark.site, pytest.mark.skipif(sys.version_info < (3, 11), reason="smalldocs needs Python 3.11")]
-
-
-def copy_repository(target):
-    "Copy the files that git tracks or would track."
-    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
-    listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
-    for name in set(listed.stdout.split("\0")) - {""}:
-        if (ROOT / name).is_file():
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, target / name)
-
-
-@pytest.fixture(scope="session")
-def site(tmp_path_factory):
-    "The built site. It is built once, however many processes share the tests."
-    if not (ROOT / ".git").exists():
-        pytest.skip("not a git checkout")
-    shared = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        shared = shared.parent
-    copy, log = shared / "site", shared / "site.log"
-    with FileLock(shared / "site.lock"):
-        if not log.exists():
-            copy_repository(copy)
-            command = [sys.executable, ".ci/docs.py", "--builder", "smalldocs"]
-            done = subprocess.run(command, cwd=copy, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-            log.write_text(f"{done.returncode}\n{done.stdout}")
-    told = log.read_text()
-    assert told.startswith("0\n"), told
-    return copy / "_docs"
 
 
 class Page(HTMLParser):
@@ -194,51 +156,26 @@ def test_signatures_show_no_addresses(pages):
     ] == []
 
 
-def test_landing_page_is_light(site, pages):
-    "What has to come before the first page can be seen: the page, its pictures, style sheets and scripts."
-    landing = site / "index.html"
-    parts = {landing} | {
-        (site / link).resolve()
-        for link in pages[landing].links
-        if re.search(r"\.(css|js|png|svg|jpg)$", link) and not urlsplit(link).scheme
-    }
-    assert sum(path.stat().st_size for path in parts) < 1.5e6
-
-
-@pytest.mark.skipif(BROWSER is None, reason="no chromium: install it to have the pages opened in a browser")
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 390])
 @pytest.mark.parametrize("kind", PAGES)
-def test_in_a_browser(site, kind, width, scheme):
-    from playwright.sync_api import sync_playwright
-
+def test_in_a_browser(open_page, kind, width, scheme):
     shots = ROOT / "build" / "screenshots"
     shots.mkdir(parents=True, exist_ok=True)
-    with sync_playwright() as play:
-        browser = play.chromium.launch(executable_path=BROWSER, args=["--no-sandbox", "--allow-file-access-from-files"])
-        page = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
-        said = []
-        page.on("console", lambda message: message.type == "error" and said.append(message.text))
-        page.on("pageerror", lambda error: said.append(str(error)))
-        page.route(re.compile("^https?:"), lambda route: route.abort())  # the badge of Colab is elsewhere
-        page.goto((site / PAGES[kind]).as_uri())
-        page.wait_for_load_state("load")
-        page.screenshot(path=shots / f"{kind}-{scheme}-{width}.png", full_page=True)
+    page = open_page(PAGES[kind], width, scheme)
+    page.screenshot(path=shots / f"{kind}-{scheme}-{width}.png", full_page=True)
 
-        own = [
-            image for image in page.query_selector_all("main img") if not image.get_attribute("src").startswith("http")
-        ]
-        assert own or kind == "reference"
-        assert all(image.evaluate("i => i.complete && i.naturalWidth > 0") for image in own)
-        assert page.query_selector_all("math") or kind == "report"
-        overflow = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
-        assert overflow <= 1, f"the page is {overflow} pixels wider than the window"
-        color = page.evaluate("getComputedStyle(document.body).backgroundColor")
-        dark = sum(map(int, re.findall(r"\d+", color)[:3])) < 380
-        assert dark == (scheme == "dark")
-        if width > 1000:
-            page.click("[aria-label=Search]")
-            page.fill("input[type=search]", "AdaHessian")
-            page.wait_for_selector(".smalldocs-search-results a", timeout=10_000)
-        assert [text for text in said if "ERR_FAILED" not in text] == []
-        browser.close()
+    own = [image for image in page.query_selector_all("main img") if not image.get_attribute("src").startswith("http")]
+    assert own or kind == "reference"
+    assert all(image.evaluate("i => i.complete && i.naturalWidth > 0") for image in own)
+    assert page.query_selector_all("math") or kind in ("landing", "report")
+    overflow = page.evaluate("document.documentElement.scrollWidth - document.documentElement.clientWidth")
+    assert overflow <= 1, f"the page is {overflow} pixels wider than the window"
+    color = page.evaluate("getComputedStyle(document.body).backgroundColor")
+    dark = sum(map(int, re.findall(r"\d+", color)[:3])) < 380
+    assert dark == (scheme == "dark")
+    if width > 1000:
+        page.click("[aria-label=Search]")
+        page.fill("input[type=search]", "AdaHessian")
+        page.wait_for_selector(".smalldocs-search-results a", timeout=10_000)
+    assert [text for text in page.complaints if "ERR_FAILED" not in text] == []

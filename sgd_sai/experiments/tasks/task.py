@@ -7,6 +7,7 @@ __all__ = [
     "POINTS",
     "NATS",
     "SQUARED_ERROR",
+    "METRICS",
     "ADAHESSIAN_IMAGES",
     "ADAHESSIAN_TEXT",
     "Data",
@@ -28,11 +29,14 @@ import os
 import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Integral
 from pathlib import Path
 from typing import Callable, NamedTuple
 
 import torch
 from torch.utils.data import Dataset
+
+from ..errors import UsageError, unknown
 
 # transformers imports torchao where it is installed, and PyTorch then warns torchao's authors
 logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)
@@ -73,6 +77,28 @@ POINTS = Unit("points", scale=100, digits=2, close=0.003, margin=0.007)
 NATS = Unit("nats", scale=1, digits=3, close=0.01, margin=0.03)
 SQUARED_ERROR = Unit("squared error", scale=1, digits=4, close=0.001, margin=0.003)
 
+# %% ../../../nbs/experiments/tasks/task.ipynb #d0a22603
+METRICS = ("accuracy", "val_loss")
+
+
+def _check_and_complete(task):
+    "Name a task without a title. Raises `UsageError`, with the name of the field, for a value that is not possible."
+    object.__setattr__(task, "title", task.title or task.name)  # the dataclass is frozen
+    for name in ("load", "build", "loss"):
+        if not callable(getattr(task, name)):
+            raise UsageError(f"{name} of {task.name}: {getattr(task, name)!r} is not a function")
+    for name in ("steps", "batch_size", "eval_every", "accumulate"):
+        value = getattr(task, name)
+        if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+            raise UsageError(f"{name} of {task.name}: {value!r} is not a whole number from 1")
+    if task.metric not in METRICS:
+        raise unknown(f"metric of {task.name}", str(task.metric), METRICS)
+    for name, values in task.settings.items():
+        if not isinstance(values, dict):
+            raise UsageError(
+                f"settings of {task.name}, {name}: {values!r} is no dict of hyperparameters, as in {{'lr': 0.01}}"
+            )
+
 
 # %% ../../../nbs/experiments/tasks/task.ipynb #369789d9
 @dataclass(frozen=True, kw_only=True)
@@ -80,26 +106,28 @@ class Task:
     "A training problem without the optimizer."
 
     name: str  # as on the command line
-    title: str  # one line for people
-    source: str  # where the data come from
-    licence: str  # of the data
-    minutes: float  # of one run, on two CPU cores
+    title: str = ""  # one line for people; '': the name
+    source: str = "your own"  # where the data come from
+    licence: str = "not said"  # of the data
+    minutes: float | None = None  # of one run, on two CPU cores; None: not known
     load: Callable  # folder for data -> Data
     build: Callable  # Data.sizes -> nn.Module
     loss: Callable  # model, batch -> 0-d loss, number of correct predictions or None
-    metric: str  # 'accuracy' (higher is better) or 'val_loss' (lower is better)
+    metric: str  # one of METRICS: 'accuracy' (higher is better) or 'val_loss' (lower is better)
     steps: int  # of one run
     batch_size: int  # items per step
-    warmup: int  # steps of linear warm-up; then follows a cosine down to a tenth, or milestones
+    warmup: int = 0  # steps of linear warm-up; then follows a cosine down to a tenth, or milestones
     eval_every: int  # steps between evaluations
-    clip: float | None  # largest gradient norm; None: no clipping
-    settings: dict = field(repr=False)  # optimizer name -> hyperparameters; weight decay acts on matrices alone
+    clip: float | None = None  # largest gradient norm; None: no clipping
+    settings: dict = field(default_factory=dict, repr=False)  # optimizer -> hyperparameters; decay is for matrices
     replacement: bool = False  # draw items with replacement (random windows of a text) instead of by epochs
     milestones: tuple = ()  # fractions of the run at which lr drops to a tenth, instead of the cosine
     accumulate: int = 1  # parts in which a batch is processed, one after the other, to save memory
     extra: Callable | None = None  # trained model, Data -> dict of further metrics; called once, after training
     loader_workers: int = 0  # processes that prepare batches, where decoding or augmentation is slow
     loss_unit: Unit = NATS  # of val_loss
+
+    __post_init__ = _check_and_complete
 
     @property
     def higher_is_better(self) -> bool:
