@@ -101,3 +101,15 @@ def open_page(browser, site_url):
     yield opened
     for context in contexts:
         context.close()
+
+
+@pytest.fixture
+def open_chart(open_page):
+    "A function that opens a page and waits for its live figure."
+
+    def opened(address, *values, **options):
+        page = open_page(address, *values, **options)
+        page.wait_for_selector("figure.live-figure[data-column] svg")
+        return page
+
+    return opened

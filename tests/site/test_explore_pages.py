@@ -22,18 +22,6 @@ POINTS = "figure svg g.mark-symbol.role-mark"
 pytestmark = [pytest.mark.site, pytest.mark.skipif(sys.version_info < (3, 11), reason="smalldocs needs Python 3.11")]
 
 
-@pytest.fixture
-def open_chart(open_page):
-    "A function that opens a page and waits for its live figure."
-
-    def opened(address, *values, **options):
-        page = open_page(address, *values, **options)
-        page.wait_for_selector("figure.live-figure[data-column] svg")
-        return page
-
-    return opened
-
-
 def choose(page, **choices):
     "Choose words from menus, by the names of their parameters."
     for name, words in choices.items():

@@ -23,18 +23,6 @@ needs_site = [pytest.mark.site, pytest.mark.skipif(sys.version_info < (3, 11), r
 on_the_site = [pytest.param(address, marks=needs_site) for address in (LIVE, DRIVE, SINGULAR)]
 
 
-@pytest.fixture
-def open_chart(open_page):
-    "A function that opens a page and waits for its live figure."
-
-    def opened(address, *values, **options):
-        page = open_page(address, *values, **options)
-        page.wait_for_selector("figure.live-figure[data-column] svg")
-        return page
-
-    return opened
-
-
 def press(page, slider, steps):
     "Move a slider by steps, to the right or (negative) to the left, as with the arrow keys."
     page.focus(f"figure input[name={slider}]")
